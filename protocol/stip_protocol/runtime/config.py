@@ -1,0 +1,50 @@
+"""Configuration files: TOML, validated once at start into frozen models."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stip_protocol.documents import explain
+from stip_protocol.errors import ConfigurationError
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.\-]+):\d{1,5}$")]
+"""host:port; port 0 takes a free one and announces it."""
+
+
+class Settings(BaseModel):
+    """Base of every part's configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class Serving(Settings):
+    """Where a part listens and how it leaves."""
+
+    listen: Address = "127.0.0.1:0"
+    metrics: Address = "127.0.0.1:0"
+    metrics_snapshot_seconds: float = Field(default=15.0, ge=0)
+    """Scrapes within this time see the same numbers, so that a scraper cannot time single tokens."""
+    drain_seconds: float = Field(default=30.0, ge=0, le=3600)
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(kind: type[S], path: Path) -> S:
+    """The settings in a TOML file. Relative paths in it are the reader's to resolve against `path.parent`.
+
+    Raises `ConfigurationError` naming the file and the field.
+    """
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text()), context={"base": path.parent})
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {explain(error)}") from None

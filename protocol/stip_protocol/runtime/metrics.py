@@ -1,0 +1,71 @@
+"""`/metrics` and `/healthz` over HTTP, served from snapshots."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+
+class _Snapshots:
+    def __init__(self, registry: CollectorRegistry, seconds: float) -> None:
+        self._registry, self._seconds = registry, seconds
+        self._lock = threading.Lock()
+        self._taken, self._text = float("-inf"), b""
+
+    def latest(self) -> bytes:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._taken >= self._seconds:
+                self._taken, self._text = now, generate_latest(self._registry)
+            return self._text
+
+
+class MetricsServer:
+    """A small HTTP server in a thread of its own.
+
+    `/metrics` repeats one snapshot for `snapshot_seconds`, so that no scraper can time single tokens;
+    `/healthz` says 200 while `healthy()` holds and 503 otherwise.
+    """
+
+    def __init__(
+        self, host: str, port: int, registry: CollectorRegistry, healthy: Callable[[], bool], *, snapshot_seconds: float
+    ) -> None:
+        snapshots = _Snapshots(registry, snapshot_seconds)
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10
+
+            def do_GET(self) -> None:
+                path = self.path.split("?", 1)[0]
+                if path == "/metrics":
+                    self._answer(200, CONTENT_TYPE_LATEST, snapshots.latest())
+                elif path == "/healthz":
+                    good = healthy()
+                    self._answer(200 if good else 503, "text/plain", b"ok\n" if good else b"not serving\n")
+                else:
+                    self._answer(404, "text/plain", b"not found\n")
+
+            def _answer(self, status: int, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+                """Scrapes are not worth a log line."""
+
+        self._server = ThreadingHTTPServer((host, port), Handler)
+        self._server.daemon_threads = True
+        self.address = f"{host}:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
