@@ -1,0 +1,97 @@
+"""Drawing keys from key streams.
+
+A space of one dimension gets the identity: its only lossless keys are public signs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stip_protocol.keys.algebra import Identity, Key, Monomial, Orthogonal, Permutation, RotaryPairs
+from stip_protocol.keys.stream import KeyStream
+
+SCALE_BOUND = 2.0
+"""Largest scale, and one over the smallest: bounds what a scale can cost in low-precision dtypes to one bit."""
+VOCABULARY_LABEL = "space/vocabulary"
+"""Label of the seed that a grant carries where the head is on the server: `derive(root, VOCABULARY_LABEL)`."""
+STREAM_LABEL = "key"
+"""Label of a space's stream under its seed."""
+
+
+def _order(stream: KeyStream, size: int) -> NDArray[np.intp]:
+    """A uniform permutation: the order of distinct random words, drawn again on a tie, is exactly uniform."""
+    while True:
+        words = stream.words(size)
+        order = np.argsort(words, kind="stable")
+        ranked = words[order]
+        if (ranked[1:] != ranked[:-1]).all():
+            return order
+
+
+def draw_permutation(stream: KeyStream, size: int) -> Permutation:
+    """A uniform permutation, the same on any machine."""
+    return Permutation(_order(stream, size))
+
+
+def draw_monomial(stream: KeyStream, size: int) -> Key:
+    """A uniform permutation with a diagonal of random signs and log-uniform scales in [1/SCALE_BOUND, SCALE_BOUND]."""
+    if size == 1:
+        return Identity(size)
+    order = _order(stream, size)
+    signs = 1.0 - 2.0 * stream.integers(2, size)
+    return Monomial(order, signs * _scales(stream, size))
+
+
+def draw_orthogonal(stream: KeyStream, size: int) -> Key:
+    """A Haar-distributed orthogonal matrix: QR of a Gaussian with R's diagonal made positive (Mezzadri 2007)."""
+    return Identity(size) if size == 1 else Orthogonal(_haar(stream, size))
+
+
+def draw_centred_orthogonal(stream: KeyStream, size: int) -> Key:
+    """A Haar-distributed orthogonal matrix among those that fix the all-ones vector: what a LayerNorm allows.
+
+    K = H·diag(1, Q)·H with Q Haar on n-1 dimensions and H the reflection that exchanges e₁ and 1/√n·(1, …, 1):
+    K and Kᵀ fix the all-ones vector, so the mean and the variance that the norm subtracts and divides by stay.
+    """
+    if size == 1:
+        return Identity(size)
+    axis = -np.full(size, 1.0 / np.sqrt(size))
+    axis[0] += 1.0
+    axis /= np.linalg.norm(axis)
+    matrix = np.zeros((size, size))
+    matrix[0, 0] = 1.0
+    matrix[1:, 1:] = _haar(stream, size - 1)
+    matrix -= 2.0 * np.outer(axis, axis @ matrix)
+    matrix -= 2.0 * np.outer(matrix @ axis, axis)
+    return Orthogonal(matrix)
+
+
+def draw_pair_scalars(stream: KeyStream, size: int) -> Key:
+    """A complex scalar per rotary pair: uniform angle, log-uniform scale in [1/SCALE_BOUND, SCALE_BOUND]."""
+    return RotaryPairs(_scales(stream, size // 2), 2.0 * np.pi * stream.uniforms(size // 2))
+
+
+def draw_pair_signs(stream: KeyStream, size: int) -> Key:
+    """A sign per rotary pair (j, j + n/2): the bit-exact part of `draw_pair_scalars`."""
+    signs = 1.0 - 2.0 * stream.integers(2, size // 2)
+    return Monomial(np.arange(size), np.tile(signs, 2))
+
+
+def vocabulary_key(seed: bytes, size: int) -> Permutation:
+    """π_c of a vocabulary of `size` ids, from the seed `derive(root, VOCABULARY_LABEL)`.
+
+    `logits'[i] = logits[π_c.index[i]]`: position i of the server's row is the true id `π_c.index[i]`.
+    """
+    return draw_permutation(KeyStream(seed, STREAM_LABEL), size)
+
+
+def _scales(stream: KeyStream, count: int) -> NDArray[np.float64]:
+    scales: NDArray[np.float64] = np.exp((2.0 * stream.uniforms(count) - 1.0) * np.log(SCALE_BOUND))
+    return scales
+
+
+def _haar(stream: KeyStream, size: int) -> NDArray[np.float64]:
+    q, r = np.linalg.qr(stream.normals(size * size).reshape(size, size))
+    haar: NDArray[np.float64] = q * np.where(np.diagonal(r) < 0, -1.0, 1.0)
+    return haar
