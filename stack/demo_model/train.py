@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -124,6 +126,14 @@ def split(chapters: Chapters, every: int = 20) -> tuple[Chapters, Chapters]:
     return [c for i, c in enumerate(chapters) if i % every != every - 1], chapters[every - 1 :: every]
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of `<s>` or `</s>`; they are the first two ids of the vocabulary."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise SystemExit(f"the tokenizer lacks {token}")
+    return number
+
+
 def train_tokenizer(chapters: Chapters, vocabulary: int) -> Tokenizer:
     """Byte-level BPE (no unknown token: any UTF-8 text encodes), which puts `<s>` before what it encodes."""
     tokenizer = Tokenizer(models.BPE())
@@ -137,7 +147,7 @@ def train_tokenizer(chapters: Chapters, vocabulary: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(("\n".join(c) for c in chapters), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, special_id(tokenizer, BOS))]
     )
     return tokenizer
 
@@ -153,7 +163,7 @@ class Stream:
     def encode(cls, tokenizer: Tokenizer, chapters: Chapters) -> Stream:
         """Paragraphs of a chapter are separated by one newline."""
         ids, starts = list[int](), list[int]()
-        end = tokenizer.token_to_id(EOS)
+        end = special_id(tokenizer, EOS)
         for chapter in chapters:
             for position, paragraph in enumerate(chapter):
                 starts.append(len(ids))
@@ -184,7 +194,7 @@ class Stream:
 
 def build(shape: Shape, tokenizer: Tokenizer) -> LlamaForCausalLM:
     """A randomly initialised Llama with grouped-query attention and its own output head."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    bos, eos = special_id(tokenizer, BOS), special_id(tokenizer, EOS)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=shape.width,
@@ -199,19 +209,19 @@ def build(shape: Shape, tokenizer: Tokenizer) -> LlamaForCausalLM:
         pad_token_id=None,
         dtype="float32",
     )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)  # type: ignore[no-untyped-call]
     return model
 
 
-def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy over every position of `rows`, in nats."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, stream: Stream, bos: int, length: int) -> float:
+def held_out_loss(model: nn.Module, stream: Stream, bos: int, length: int) -> float:
     """Loss in float32 over the held-out stream cut into consecutive windows, each predicted from `<s>` on."""
     model.eval()
     starts = list(range(0, len(stream.ids) - length + 1, length))
@@ -222,8 +232,11 @@ def held_out_loss(model: LlamaForCausalLM, stream: Stream, bos: int, length: int
 
 
 @torch.no_grad()
-def continuations(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int) -> list[dict[str, str]]:
-    """Greedy and temperature-0.7 continuations of the fixed prompts."""
+def continuations(model: Any, tokenizer: Tokenizer, seed: int) -> list[dict[str, str]]:
+    """Greedy and temperature-0.7 continuations of the fixed prompts.
+
+    `model` is a LlamaForCausalLM; its `generate` has no annotation that a caller could satisfy.
+    """
     model.eval()
     results = []
     for prompt in PROMPTS:
@@ -255,7 +268,7 @@ def write(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, positions: i
 
 
 def train(
-    model: LlamaForCausalLM, stream: Stream, bos: int, recipe: Recipe, *, bf16: bool, report: Callable[[int], None]
+    model: nn.Module, stream: Stream, bos: int, recipe: Recipe, *, bf16: bool, report: Callable[[int], None]
 ) -> int:
     """AdamW with linear warm-up and cosine decay; prints progress, calls `report(step)` about every five minutes.
 
@@ -276,24 +289,23 @@ def train(
         return recipe.final_rate + (1 - recipe.final_rate) * cosine
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    step = 0
 
     def batch() -> tuple[int, int]:
         length = recipe.window * (2 if step >= long_from else 1)
         return recipe.tokens_a_step // length, length
 
-    batches = stream.sample(random.Random(recipe.seed), batch, bos)  # noqa: S311 - the order of samples is no secret
+    batches = stream.sample(random.Random(recipe.seed), batch, bos)  # noqa: S311 - order, not secrets
     began = reported = time.monotonic()
-    running = math.log(model.config.vocab_size)
+    running = 0.0
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = loss_of(model, next(batches))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        running += 0.02 * (float(loss.detach()) - running)
+        running += (0.02 if step else 1.0) * (float(loss.detach()) - running)
         now = time.monotonic()
         if step % 50 == 0 or step == steps - 1:
             left = (now - began) / (step + 1) * (steps - step - 1)
@@ -343,10 +355,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     shape, recipe = Shape(), Recipe(passes=arguments.passes, peak_rate=arguments.rate, seed=arguments.seed)
-
     training, held_out = split(read_chapters(arguments.texts))
     tokenizer = train_tokenizer(training, shape.vocabulary)
-    bos = tokenizer.token_to_id(BOS)
+    bos = special_id(tokenizer, BOS)
     stream, test = Stream.encode(tokenizer, training), Stream.encode(tokenizer, held_out)
     model = build(shape, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())

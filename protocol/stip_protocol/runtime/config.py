@@ -6,11 +6,19 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from stip_protocol.documents import explain
 from stip_protocol.errors import ConfigurationError
 
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    return path if base is None else Path(base, path.expanduser())
+
+
+ConfigPath = Annotated[Path, AfterValidator(_resolve)]
+"""A path in a configuration file: relative ones are relative to the file's folder."""
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.\-]+):\d{1,5}$")]
 """host:port; port 0 takes a free one and announces it."""
 
@@ -36,10 +44,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def load(kind: type[S], path: Path) -> S:
-    """The settings in a TOML file. Relative paths in it are the reader's to resolve against `path.parent`.
-
-    Raises `ConfigurationError` naming the file and the field.
-    """
+    """The settings in a TOML file. Raises `ConfigurationError` naming the file and the field."""
     try:
         return kind.model_validate(tomllib.loads(path.read_text()), context={"base": path.parent})
     except OSError as error:

@@ -1,0 +1,172 @@
+"""SGX DCAP quotes, version 3: a strict parser of the byte layout.
+
+Source: Intel, "Intel SGX ECDSA QuoteLibraryReference DCAP API", Appendix A (quote format), and the Intel SDM
+volume 3D, table 37-21 (REPORT). All integers are little-endian. Every byte of a quote belongs to exactly one
+field here: there is no slack in which two different byte strings could mean the same quote.
+
+Nothing in this module is verified: it says what a quote claims. `stip_protocol.attestation.verifier` decides.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Self
+
+from stip_protocol.errors import EvidenceMalformed
+
+QUOTE_LIMIT = 8192
+"""Bytes of the largest quote: SGX_QUOTE_MAX_SIZE of Gramine, which reads them from /dev/attestation/quote."""
+INTEL_VENDOR_ID = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
+ECDSA_P256 = 2
+"""Attestation key type."""
+TEE_SGX = 0
+TEE_TDX = 0x81
+PCK_CHAIN = 5
+"""Certification data type: the PCK certificate chain as PEM."""
+QE_AUTH_BYTES = 32
+HEADER = 48
+REPORT_BODY = 384
+SIGNED = HEADER + REPORT_BODY
+"""Bytes that the attestation key signs."""
+_FIXED = 64 + 64 + REPORT_BODY + 64 + 2 + QE_AUTH_BYTES + 6
+"""Bytes of the signature data before the certification data."""
+
+
+class Attributes(IntFlag):
+    """ATTRIBUTES.FLAGS of an enclave (SDM volume 3D, table 37-3)."""
+
+    INIT = 0x01
+    DEBUG = 0x02
+    MODE64 = 0x04
+    PROVISION_KEY = 0x10
+    EINITTOKEN_KEY = 0x20
+    CET = 0x40
+    KSS = 0x80
+    AEX_NOTIFY = 0x400
+
+
+@dataclass(frozen=True, slots=True)
+class ReportBody:
+    """The 384 bytes the processor writes about one enclave."""
+
+    cpusvn: bytes
+    miscselect: int
+    attributes: Attributes
+    xfrm: int
+    mrenclave: bytes
+    mrsigner: bytes
+    config_id: bytes
+    isv_prod_id: int
+    isv_svn: int
+    config_svn: int
+    family_id: bytes
+    report_data: bytes
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Parse exactly 384 bytes. Raises `EvidenceMalformed`."""
+        if len(body) != REPORT_BODY:
+            raise EvidenceMalformed.because("report body", f"{len(body)} bytes", f"{REPORT_BODY} bytes")
+        miscselect, flags, xfrm = struct.unpack_from("<I28xQQ", body, 16)
+        isv_prod_id, isv_svn, config_svn = struct.unpack_from("<HHH", body, 256)
+        return cls(
+            cpusvn=body[:16],
+            miscselect=miscselect,
+            attributes=Attributes(flags),
+            xfrm=xfrm,
+            mrenclave=body[64:96],
+            mrsigner=body[128:160],
+            config_id=body[192:256],
+            isv_prod_id=isv_prod_id,
+            isv_svn=isv_svn,
+            config_svn=config_svn,
+            family_id=body[304:320],
+            report_data=body[320:384],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SgxQuote:
+    """A version 3 quote, taken apart. Fields in the order of the bytes."""
+
+    attestation_key_type: int
+    qe_svn: int
+    pce_svn: int
+    user_data: bytes
+    report: ReportBody
+    signature: bytes
+    """ECDSA r‖s by the attestation key over the first 432 bytes."""
+    attestation_key: bytes
+    """P-256 x‖y."""
+    qe_report: ReportBody
+    qe_signature: bytes
+    """ECDSA r‖s by the PCK key over the QE report."""
+    qe_auth_data: bytes
+    certification_data: bytes
+    """The PCK chain as it lies in the quote: PEM leaf‖CA‖root, with or without a closing NUL."""
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Parse a whole quote; nothing may follow it. Raises `EvidenceMalformed` naming the field."""
+        if not SIGNED + 4 <= len(data) <= QUOTE_LIMIT:
+            raise EvidenceMalformed.because("quote", f"{len(data)} bytes", f"{SIGNED + 4} to {QUOTE_LIMIT} bytes")
+        version, key_type, tee_type, qe_svn, pce_svn = struct.unpack_from("<HHIHH", data, 0)
+        if version != 3:
+            kind = "TDX is not supported" if tee_type == TEE_TDX else "SGX DCAP"
+            raise EvidenceMalformed.because("quote version", version, f"3 ({kind})")
+        _require("attestation key type", key_type, ECDSA_P256)
+        _require("TEE type", tee_type, TEE_SGX)
+        _require("QE vendor id", data[12:28].hex(), INTEL_VENDOR_ID.hex())
+        (signature_bytes,) = struct.unpack_from("<I", data, SIGNED)
+        _require("signature data length", signature_bytes, len(data) - SIGNED - 4)
+        if signature_bytes < _FIXED:
+            raise EvidenceMalformed.because("signature data length", signature_bytes, f"at least {_FIXED}")
+        (auth_bytes,) = struct.unpack_from("<H", data, 1012)
+        _require("QE authentication data length", auth_bytes, QE_AUTH_BYTES)
+        certification_type, certification_bytes = struct.unpack_from("<HI", data, 1046)
+        _require("certification data type", certification_type, PCK_CHAIN)
+        _require("certification data length", certification_bytes, len(data) - 1052)
+        return cls(
+            attestation_key_type=key_type,
+            qe_svn=qe_svn,
+            pce_svn=pce_svn,
+            user_data=data[28:48],
+            report=ReportBody.parse(data[HEADER:SIGNED]),
+            signature=data[436:500],
+            attestation_key=data[500:564],
+            qe_report=ReportBody.parse(data[564:948]),
+            qe_signature=data[948:1012],
+            qe_auth_data=data[1014:1046],
+            certification_data=data[1052:],
+        )
+
+    @property
+    def mrenclave(self) -> bytes:
+        return self.report.mrenclave
+
+    @property
+    def mrsigner(self) -> bytes:
+        return self.report.mrsigner
+
+    @property
+    def isv_prod_id(self) -> int:
+        return self.report.isv_prod_id
+
+    @property
+    def isv_svn(self) -> int:
+        return self.report.isv_svn
+
+    @property
+    def attributes(self) -> Attributes:
+        return self.report.attributes
+
+    @property
+    def report_data(self) -> bytes:
+        return self.report.report_data
+
+
+def _require(field: str, got: object, allowed: object) -> None:
+    if got != allowed:
+        raise EvidenceMalformed.because(field, got, allowed)
