@@ -330,12 +330,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
               python train.py kjv.txt --out demo_model
 
             Any plain UTF-8 text works as well: a blank line ends a paragraph. Try `--passes 0.2` first: about a
-            minute on two cores. Twelve passes over 4.4 MB take half an hour to an hour. The folder is rewritten
+            minute on two cores. Fourteen passes over 4.4 MB take half an hour to an hour. The folder is rewritten
             every five minutes, so a usable model exists early."""),
     )
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="plain text, see below")
     parser.add_argument("--out", required=True, type=Path, help="folder to write (created, files overwritten)")
-    parser.add_argument("--passes", type=float, default=12.0, help="passes over the text (default: %(default)s)")
+    parser.add_argument("--passes", type=float, default=14.0, help="passes over the text (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1611, help="seed of weights and sampling (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
