@@ -1,0 +1,1 @@
+"""The operator's front door: admits leases, routes links to replicas, never looks into a tensor."""

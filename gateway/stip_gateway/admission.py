@@ -1,0 +1,85 @@
+"""Leases at the gateway: who may open a session, and how many rows are left.
+
+Rows are counted per lease handle over all links, because one lease may be used on links to several replicas.
+The counts live in memory: a restarted gateway counts anew, up to the mark the lease itself carries, and the
+key service's own debit stands whatever the gateway remembers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from stip_protocol.errors import LeaseExpired, LeaseForeign, LeaseSpent, Overloaded
+from stip_protocol.lease import Lease, admit
+
+
+@dataclass
+class Account:
+    """What has been fed under one lease handle."""
+
+    lease: Lease
+    since: int
+    fed: int = 0
+
+    def debit(self, rows: int, now: int) -> None:
+        """Count `rows`. Raises `LeaseExpired` or `LeaseSpent` and counts nothing."""
+        if now >= self.lease.expires:
+            raise LeaseExpired.because("lease expires", self.lease.expires, f"later than {now}")
+        if self.fed + rows > self.lease.tokens:
+            raise LeaseSpent.because("lease tokens", self.fed + rows, f"at most {self.lease.tokens}")
+        self.fed += rows
+
+
+class Admission:
+    """The accounts of one gateway. `clock` gives unix seconds."""
+
+    def __init__(
+        self, *, key: Ed25519PublicKey, audience: str, limit: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._key, self._audience, self._limit, self._clock = key, audience, limit, clock
+        self._accounts: dict[bytes, Account] = {}
+
+    def now(self) -> int:
+        return int(self._clock())
+
+    def open(self, signed: bytes, *, instance: str, epoch: int, manifest_digest: bytes, link_key: bytes) -> Account:
+        """The account behind a lease presented with a new session, or renewed in a running link.
+
+        A lower serial than the known one changes nothing. Raises `LeaseError` subclasses and `Overloaded`.
+        """
+        now = self.now()
+        lease = admit(
+            signed,
+            key=self._key,
+            audience=self._audience,
+            instance=instance,
+            epoch=epoch,
+            link_key=link_key,
+            now=now,
+        )
+        if lease.manifest_digest != manifest_digest:
+            raise LeaseForeign.because("lease manifest_digest", lease.manifest_digest.hex(), manifest_digest.hex())
+        account = self._accounts.get(lease.handle)
+        if account is None:
+            self._make_room(now)
+            account = self._accounts[lease.handle] = Account(lease, since=now)
+        elif lease.serial > account.lease.serial:
+            account.lease = lease
+        return account
+
+    def oldest_age(self) -> float:
+        """Seconds since the oldest unexpired account was opened; 0 where there is none."""
+        now = self.now()
+        ages = [now - account.since for account in self._accounts.values() if account.lease.expires > now]
+        return float(max(ages, default=0))
+
+    def _make_room(self, now: int) -> None:
+        if len(self._accounts) < self._limit:
+            return
+        for handle in [handle for handle, account in self._accounts.items() if account.lease.expires <= now]:
+            del self._accounts[handle]
+        if len(self._accounts) >= self._limit:
+            raise Overloaded.because("leases", len(self._accounts), f"fewer than {self._limit}")
