@@ -1,0 +1,1 @@
+"""Protecting a model, offline: architectures as tables, keys, folding, streaming, the certificate."""

@@ -1,0 +1,28 @@
+"""The families that can be protected, by `model_type`. Each is one function from a configuration to tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stip_keyservice.protect.architecture import Architecture
+from stip_keyservice.protect.families import gpt2, llama
+from stip_protocol.errors import ArchitectureUnsupported
+
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {"gpt2": gpt2.expand, "llama": llama.expand}
+
+
+def expand(config: Mapping[str, Any]) -> Architecture:
+    """The tables of the model that a Hugging Face configuration describes.
+
+    Raises `ArchitectureUnsupported` for another family or a variant that has no tables here, and
+    `CheckpointInvalid` for a field that makes no sense.
+    """
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ArchitectureUnsupported.because("config.model_type", repr(family)[:80], ", ".join(FAMILIES))
+    if config.get("quantization_config") is not None:
+        raise ArchitectureUnsupported.because(
+            "config.quantization_config", "a quantised checkpoint", "unquantised weights: protect first, quantise after"
+        )
+    return FAMILIES[family](config)

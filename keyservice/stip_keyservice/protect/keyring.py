@@ -1,0 +1,73 @@
+"""The keys of one instance: one per space, each from its own stream under the root secret.
+
+Labels: `space/<name>` seeds a space's key, `structure/<name>` the order of heads that the spaces of one
+attention share. The seed of `space/vocabulary` is what a grant hands to an enclave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from stip_keyservice.protect.architecture import Architecture, Layout, Port, Role, Space, Width
+from stip_keyservice.protect.groups import Group, cap
+from stip_keyservice.protect.presets import Preset
+from stip_protocol.keys import (
+    HeadsKey,
+    Identity,
+    Key,
+    KeyStream,
+    derive,
+    draw_centred_orthogonal,
+    draw_monomial,
+    draw_orthogonal,
+    draw_pair_scalars,
+    draw_pair_signs,
+    draw_permutation,
+)
+from stip_protocol.keys.draw import STREAM_LABEL
+
+SpaceKey = Key | HeadsKey
+
+_DRAW: dict[Group, Callable[[KeyStream, int], Key]] = {
+    Group.IDENTITY: lambda _, size: Identity(size),
+    Group.PERMUTATION: draw_permutation,
+    Group.PAIR_SIGNS: draw_pair_signs,
+    Group.PAIR_SCALARS: draw_pair_scalars,
+    Group.MONOMIAL: draw_monomial,
+    Group.ORTHOGONAL_CENTRED: draw_centred_orthogonal,
+    Group.ORTHOGONAL: draw_orthogonal,
+}
+
+
+def group_of(architecture: Architecture, space: str, preset: Preset) -> Group:
+    """The group that the key of `space` is drawn from. An index whose tables all stay in the enclave is public."""
+    if architecture.spaces[space].layout is Layout.INDEX and not preset.head_on_server:
+        return Group.IDENTITY
+    return preset.choose(cap(architecture, space, folds=preset.folds))
+
+
+def draw_keys(architecture: Architecture, preset: Preset, root: bytes) -> dict[str, SpaceKey]:
+    """The key of every space, by its name."""
+    return {
+        name: _draw(space, group_of(architecture, name, preset), root) for name, space in architecture.spaces.items()
+    }
+
+
+def key_at(keys: Mapping[str, SpaceKey], port: Port) -> Key:
+    """K as `port` writes it. What it reads through is the dual of this."""
+    key = keys[port.space]
+    if isinstance(key, HeadsKey):
+        key = key.wide if port.width is Width.WIDE else key.narrow
+    if port.role is Role.DUAL:
+        return key.dual
+    return key.permutation_part if port.role is Role.PERMUTATION else key
+
+
+def _draw(space: Space, group: Group, root: bytes) -> SpaceKey:
+    stream = KeyStream(derive(root, f"space/{space.name}"), STREAM_LABEL)
+    if space.layout is not Layout.HEADS:
+        return _DRAW[group](stream, space.size)
+    order = KeyStream(derive(root, f"structure/{space.structure}"), STREAM_LABEL)
+    kv_order = draw_permutation(order, space.kv_heads)
+    query_orders = [draw_permutation(order, space.group) for _ in range(space.kv_heads)]
+    return HeadsKey(kv_order, query_orders, [_DRAW[group](stream, space.head_dim) for _ in range(space.kv_heads)])
