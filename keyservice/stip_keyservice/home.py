@@ -1,0 +1,201 @@
+"""The key service's home: the keys of the model developer's room, in files that only their owner reads.
+
+    developer.key/.pub   Ed25519, signs manifests
+    service.key/.pub     Ed25519, signs releases, leases and audit heads
+    sealing.key/.pub     X25519, what instance secrets are sealed to
+    link-ca.key/.pem     P-256 authority of link certificates
+    tls-ca.key/.pem      P-256 authority of the key service's own server certificate
+    tls.key/.pem         server certificate and its issuer
+    storage.key          32 bytes, encrypts grants at rest
+    state.db             the store
+
+The folder has mode 0700, its files 0600. What is missing is made on first use: each file appears whole or not
+at all, and a lock keeps two processes from making two keys. Nothing that exists is ever replaced, except a
+server certificate of our own authority that runs out. Private keys are PKCS #8 PEM, public keys
+SubjectPublicKeyInfo PEM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TypeVar, cast
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from stip_keyservice.certificates import Authority, TlsIdentity, issue_server_certificate, make_authority, usable
+from stip_protocol.errors import ConfigurationError
+
+HOME_VARIABLE = "STIP_KEYSERVICE_HOME"
+DEFAULT_HOME = Path("~/.stip/keyservice")
+STORAGE_KEY_BYTES = 32
+FILE_LIMIT = 1 << 20
+"""Bytes of the largest key or certificate file read."""
+
+K = TypeVar("K", Ed25519PrivateKey, X25519PrivateKey, ec.EllipticCurvePrivateKey)
+
+
+def _generate_p256() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+@dataclass(frozen=True)
+class Home:
+    """An opened home. Its repr shows its path and no key."""
+
+    path: Path
+    developer: Ed25519PrivateKey
+    service: Ed25519PrivateKey
+    sealing: X25519PrivateKey
+    link_ca: Authority
+    tls_ca: Authority
+    storage_key: bytes
+
+    @classmethod
+    def open(cls, path: Path | None = None) -> Self:
+        """The home at `path`, by default `$STIP_KEYSERVICE_HOME` or `~/.stip/keyservice`; makes what is missing.
+
+        Raises `ConfigurationError` where the folder or a file is open to others, cannot be read or written, or
+        holds something else than its name says.
+        """
+        path = (path or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)).expanduser().absolute()
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_private(path)
+            with _locked(path):
+                return cls(
+                    path=path,
+                    developer=_pair(path, "developer", Ed25519PrivateKey, Ed25519PrivateKey.generate),
+                    service=_pair(path, "service", Ed25519PrivateKey, Ed25519PrivateKey.generate),
+                    sealing=_pair(path, "sealing", X25519PrivateKey, X25519PrivateKey.generate),
+                    link_ca=_authority(path, "link-ca", "STIP link authority"),
+                    tls_ca=_authority(path, "tls-ca", "STIP key service authority"),
+                    storage_key=_storage_key(path / "storage.key"),
+                )
+        except OSError as error:
+            raise ConfigurationError(f"home {path}: {error.strerror}", field="home") from None
+
+    def __repr__(self) -> str:
+        return f"Home(path={str(self.path)!r})"
+
+    @property
+    def database(self) -> Path:
+        """Where the store lies."""
+        return self.path / "state.db"
+
+    def tls(self, dns_name: str) -> TlsIdentity:
+        """The server certificate of the key service under `dns_name` (or an IP address).
+
+        A `tls.key`/`tls.pem` that another authority issued is taken as it is. Otherwise the local authority
+        `tls-ca.pem`, which clients then pin, issues one and renews it before it runs out. Raises `ConfigurationError`.
+        """
+        key_path, chain_path = self.path / "tls.key", self.path / "tls.pem"
+        try:
+            with _locked(self.path):
+                key = _private(key_path, ec.EllipticCurvePrivateKey, _generate_p256)
+                if chain_path.exists():
+                    chain = _load(chain_path)
+                    if usable(chain, key, self.tls_ca, dns_name):
+                        return TlsIdentity(_pem(key), chain)
+                chain = issue_server_certificate(self.tls_ca, key, dns_name)
+                _store(chain_path, chain)
+                return TlsIdentity(_pem(key), chain)
+        except OSError as error:
+            raise ConfigurationError(f"home {self.path}: {error.strerror}", field="home") from None
+
+
+def _pem(key: PrivateKeyTypes) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _pair(path: Path, name: str, kind: type, generate: Callable[[], K]) -> K:
+    key = _private(path / f"{name}.key", kind, generate)
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    if _made(path / f"{name}.pub", lambda: public) != public:
+        raise ConfigurationError.because(f"{name}.pub", "another key", f"the public key of {name}.key")
+    return key
+
+
+def _authority(path: Path, name: str, subject: str) -> Authority:
+    key = _private(path / f"{name}.key", ec.EllipticCurvePrivateKey, _generate_p256)
+    return Authority.load(key, _made(path / f"{name}.pem", lambda: make_authority(key, subject)), f"{name}.pem")
+
+
+def _storage_key(path: Path) -> bytes:
+    key = _made(path, lambda: secrets.token_bytes(STORAGE_KEY_BYTES))
+    if len(key) != STORAGE_KEY_BYTES:
+        raise ConfigurationError.because(path.name, f"{len(key)} bytes", f"{STORAGE_KEY_BYTES} bytes")
+    return key
+
+
+def _private(path: Path, kind: type, generate: Callable[[], K]) -> K:
+    data = _made(path, lambda: _pem(generate()))
+    try:
+        key = load_pem_private_key(data, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ConfigurationError.because(path.name, "something else", f"an unencrypted PEM {kind.__name__}") from None
+    if not isinstance(key, kind):
+        raise ConfigurationError.because(path.name, type(key).__name__, kind.__name__)
+    return cast(K, key)
+
+
+def _made(path: Path, make: Callable[[], bytes]) -> bytes:
+    """The content of a file, which `make` gives where there is none."""
+    if not path.exists():
+        _store(path, make())
+    return _load(path)
+
+
+def _load(path: Path) -> bytes:
+    _require_private(path)
+    with path.open("rb") as file:
+        data = file.read(FILE_LIMIT + 1)
+    if len(data) > FILE_LIMIT:
+        raise ConfigurationError.because(path.name, "a larger file", f"at most {FILE_LIMIT} bytes")
+    return data
+
+
+def _store(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _require_private(path: Path) -> None:
+    """Raise `ConfigurationError` where others may read or write."""
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ConfigurationError.because(f"mode of {path}", f"{mode:04o}", "no access for group and others (chmod go=)")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the home's lock, so that two processes never make the same file."""
+    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
