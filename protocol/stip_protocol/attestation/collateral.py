@@ -1,0 +1,146 @@
+"""Collateral: what Intel says today about platforms, quoting enclaves and revoked certificates.
+
+`QuoteCollateralV3` as JSON (Intel, "SGX DCAP API", `sgx_ql_qve_collateral_t`; field names as Intel's PCS and
+dcap-qvl write them), with TCB info version 3 and QE identity version 2 inside. Parsed strictly: an unknown key is
+refused, because some of the optional ones would replace the certificate chain of the quote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Self, TypeVar
+
+from cryptography import x509
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from stip_protocol.attestation.certificates import Certificate, read_chain
+from stip_protocol.attestation.evidence import COLLATERAL_LIMIT
+from stip_protocol.documents import explain
+from stip_protocol.errors import EvidenceMalformed
+
+
+def _from_hex(value: object) -> object:
+    return bytes.fromhex(value) if isinstance(value, str) else value
+
+
+M = TypeVar("M", bound=BaseModel)
+Hex = Annotated[bytes, BeforeValidator(_from_hex)]
+
+
+class _CollateralV3(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    pck_crl_issuer_chain: str
+    root_ca_crl: Hex
+    pck_crl: Hex
+    tcb_info_issuer_chain: str
+    tcb_info: str
+    tcb_info_signature: Annotated[Hex, Field(min_length=64, max_length=64)]
+    qe_identity_issuer_chain: str
+    qe_identity: str
+    qe_identity_signature: Annotated[Hex, Field(min_length=64, max_length=64)]
+
+
+class _Dated(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    id: str
+    version: int
+    issued: AwareDatetime = Field(alias="issueDate")
+    expires: AwareDatetime = Field(alias="nextUpdate")
+    evaluation_number: int = Field(alias="tcbEvaluationDataNumber", ge=0)
+
+
+class TcbInfo(_Dated):
+    """What the wrapper needs of a TCB info; levels are dcap-qvl's business."""
+
+    fmspc: Annotated[Hex, Field(min_length=6, max_length=6)]
+    pce_id: Annotated[Hex, Field(min_length=2, max_length=2, alias="pceId")]
+
+
+class QeIdentity(_Dated):
+    """What the wrapper needs of a QE identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The time in which one signed thing holds."""
+
+    what: str
+    opens: datetime
+    closes: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Collateral:
+    """Collateral taken apart; `v3` is exactly what is given to dcap-qvl."""
+
+    v3: _CollateralV3
+    tcb_info: TcbInfo
+    qe_identity: QeIdentity
+    root_crl: x509.CertificateRevocationList
+    pck_crl: x509.CertificateRevocationList
+    tcb_chain: tuple[Certificate, ...]
+    qe_chain: tuple[Certificate, ...]
+    crl_chain: tuple[Certificate, ...]
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Parse `QuoteCollateralV3` JSON. Raises `EvidenceMalformed` naming the field."""
+        if len(data) > COLLATERAL_LIMIT:
+            raise EvidenceMalformed.because("collateral", f"{len(data)} bytes", f"at most {COLLATERAL_LIMIT} bytes")
+        v3 = _validate(_CollateralV3, data, "collateral")
+        return cls(
+            v3=v3,
+            tcb_info=_validate(TcbInfo, v3.tcb_info.encode(), "TCB info"),
+            qe_identity=_validate(QeIdentity, v3.qe_identity.encode(), "QE identity"),
+            root_crl=_crl(v3.root_ca_crl, "root CRL"),
+            pck_crl=_crl(v3.pck_crl, "PCK CRL"),
+            tcb_chain=read_chain(v3.tcb_info_issuer_chain.encode(), what="TCB info chain"),
+            qe_chain=read_chain(v3.qe_identity_issuer_chain.encode(), what="QE identity chain"),
+            crl_chain=read_chain(v3.pck_crl_issuer_chain.encode(), what="PCK CRL chain"),
+        )
+
+    def windows(self) -> tuple[Window, ...]:
+        """The validity of everything in the collateral."""
+        dated = (
+            Window("TCB info", self.tcb_info.issued, self.tcb_info.expires),
+            Window("QE identity", self.qe_identity.issued, self.qe_identity.expires),
+            Window("root CRL", self.root_crl.last_update_utc, _next_update(self.root_crl, "root CRL")),
+            Window("PCK CRL", self.pck_crl.last_update_utc, _next_update(self.pck_crl, "PCK CRL")),
+        )
+        return dated + tuple(
+            Window(f"certificate {one.name!a}", one.not_before, one.not_after)
+            for chain in (self.tcb_chain, self.qe_chain, self.crl_chain)
+            for one in chain
+        )
+
+    @property
+    def issued(self) -> datetime:
+        """The oldest of the pieces that Intel renews monthly; the root CRL is yearly and does not count."""
+        return min(self.tcb_info.issued, self.qe_identity.issued, self.pck_crl.last_update_utc)
+
+
+def _validate(model: type[M], data: bytes, what: str) -> M:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise EvidenceMalformed(f"{what}: {explain(error)}", field=what) from None
+
+
+def _crl(der: bytes, what: str) -> x509.CertificateRevocationList:
+    try:
+        crl = x509.load_der_x509_crl(der)
+        _next_update(crl, what)
+        crl.issuer, crl.last_update_utc  # noqa: B018  # parsed lazily: a malformed field fails here, at the edge
+    except ValueError as error:
+        raise EvidenceMalformed(f"{what}: not a DER CRL ({type(error).__name__})", field=what) from None
+    return crl
+
+
+def _next_update(crl: x509.CertificateRevocationList, what: str) -> datetime:
+    update = crl.next_update_utc
+    if update is None:
+        raise EvidenceMalformed.because(f"{what} next update", "none", "a date")
+    return update
