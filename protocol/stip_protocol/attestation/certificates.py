@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID, NameOID
 
@@ -26,6 +26,17 @@ SGX_EXTENSION = x509.ObjectIdentifier("1.2.840.113741.1.13.1")
 PCK_NAME = "Intel SGX PCK Certificate"
 PCK_CA_NAMES = ("Intel SGX PCK Platform CA", "Intel SGX PCK Processor CA")
 TCB_SIGNER_NAME = "Intel SGX TCB Signing"
+
+MALFORMED = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for bytes that are no certificate, at once or when a field is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,8 @@ class Certificate:
 
     @classmethod
     def read(cls, certificate: x509.Certificate) -> Self:
-        """Raises ValueError where a field cannot be parsed."""
+        """Raises one of `MALFORMED` where a field cannot be parsed."""
+        require_whole_signature(certificate)
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         present = {extension.oid: extension.value for extension in certificate.extensions}
         constraints = present.get(ExtensionOID.BASIC_CONSTRAINTS)
@@ -63,9 +75,18 @@ class Certificate:
         """Names match and the signature is the issuer's own: no certificate stands between."""
         try:
             self.parsed.verify_directly_issued_by(issuer.parsed)
-        except (InvalidSignature, ValueError, TypeError):
+        except (InvalidSignature, *MALFORMED):
             return False
         return True
+
+
+def require_whole_signature(certificate: x509.Certificate) -> None:
+    """Raises ValueError where the signature's BIT STRING declares unused bits.
+
+    Parsers drop that count where the last bits are zero: it would be a byte that no signature covers.
+    """
+    if certificate.public_bytes(Encoding.DER)[-len(certificate.signature) - 1] != 0:
+        raise ValueError("signature with unused bits")
 
 
 def read_chain(pem: bytes, *, what: str) -> tuple[Certificate, ...]:
@@ -80,7 +101,7 @@ def read_chain(pem: bytes, *, what: str) -> tuple[Certificate, ...]:
             raise EvidenceMalformed.because(what, f"{len(loaded)} certificates", f"at most {CHAIN_LIMIT}")
         chain = tuple(Certificate.read(certificate) for certificate in loaded)
         canonical = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in loaded)
-    except ValueError as error:
+    except MALFORMED as error:
         raise EvidenceMalformed(f"{what}: not a PEM certificate chain ({type(error).__name__})", field=what) from None
     if canonical != pem and canonical.rstrip(b"\n") != pem:
         raise EvidenceMalformed(f"{what}: not in canonical PEM (RFC 7468 strict form)", field=what)

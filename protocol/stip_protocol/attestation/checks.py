@@ -203,7 +203,8 @@ def _age(case: Case) -> Finding:
 
 def _attributes(case: Case) -> Finding:
     got = case.quote.attributes
-    ok = REQUIRED in got and not got & ~PERMITTED
+    # As integers: the complement of an IntFlag leaves out the bits that the flag does not name.
+    ok = REQUIRED in got and not int(got) & ~int(PERMITTED)
     return _compare(EvidenceRefused, "attributes", ok, f"{got:#x}", f"{REQUIRED:#x}, others only of {PERMITTED:#x}")
 
 

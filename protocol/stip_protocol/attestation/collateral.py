@@ -14,7 +14,7 @@ from typing import Annotated, Self, TypeVar
 from cryptography import x509
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stip_protocol.attestation.certificates import Certificate, read_chain
+from stip_protocol.attestation.certificates import MALFORMED, Certificate, read_chain
 from stip_protocol.attestation.evidence import COLLATERAL_LIMIT
 from stip_protocol.documents import explain
 from stip_protocol.errors import EvidenceMalformed
@@ -134,7 +134,7 @@ def _crl(der: bytes, what: str) -> x509.CertificateRevocationList:
         crl = x509.load_der_x509_crl(der)
         _next_update(crl, what)
         crl.issuer, crl.last_update_utc  # noqa: B018  # parsed lazily: a malformed field fails here, at the edge
-    except ValueError as error:
+    except MALFORMED as error:
         raise EvidenceMalformed(f"{what}: not a DER CRL ({type(error).__name__})", field=what) from None
     return crl
 

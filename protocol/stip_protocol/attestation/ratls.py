@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import cbor2
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stip_protocol import canonical
+from stip_protocol.attestation.certificates import MALFORMED, require_whole_signature
 from stip_protocol.attestation.checks import at
 from stip_protocol.attestation.evidence import EvidenceProvider, bind
 from stip_protocol.attestation.quote import QUOTE_LIMIT, SgxQuote
@@ -111,12 +112,11 @@ def read(certificate: bytes, *, now: int) -> RaTls:
     """
     if len(certificate) > CERTIFICATE_LIMIT:
         raise EvidenceMalformed.because("certificate", f"{len(certificate)} bytes", f"at most {CERTIFICATE_LIMIT}")
-    parsed, extensions = _parse(certificate)
-    opens, closes = parsed.not_valid_before_utc, parsed.not_valid_after_utc
-    if not opens <= at(now) <= closes:
-        allowed = f"{opens:%Y-%m-%dT%H:%M:%SZ} to {closes:%Y-%m-%dT%H:%M:%SZ}"
+    parsed = _parse(certificate)
+    extensions, spki = parsed.extensions, parsed.spki_sha256
+    if not parsed.opens <= at(now) <= parsed.closes:
+        allowed = f"{parsed.opens:%Y-%m-%dT%H:%M:%SZ} to {parsed.closes:%Y-%m-%dT%H:%M:%SZ}"
         raise EvidenceMalformed.because("certificate validity", f"{at(now):%Y-%m-%dT%H:%M:%SZ}", allowed)
-    spki = _spki_sha256(parsed.public_key())
     if DICE_EXTENSION in extensions:
         quote, claims = _tagged_evidence(extensions[DICE_EXTENSION])
         _require_key(claims, spki)
@@ -131,20 +131,34 @@ def read(certificate: bytes, *, now: int) -> RaTls:
     return RaTls(quote=quote, claims=claims, spki_sha256=spki, report_data=report_data)
 
 
-def _parse(certificate: bytes) -> tuple[x509.Certificate, dict[x509.ObjectIdentifier, bytes]]:
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    spki_sha256: bytes
+    opens: datetime
+    closes: datetime
+    extensions: dict[x509.ObjectIdentifier, bytes]
+
+
+def _parse(certificate: bytes) -> _Parsed:
+    """Everything that is read of the certificate, read at once; its signature is its own key's."""
     load = x509.load_pem_x509_certificate if certificate.startswith(b"-----") else x509.load_der_x509_certificate
     try:
         parsed = load(certificate)
+        require_whole_signature(parsed)
         parsed.verify_directly_issued_by(parsed)
-        found = {
-            extension.oid: extension.value.value
-            for extension in parsed.extensions
-            if isinstance(extension.value, x509.UnrecognizedExtension)
-        }
-    except (ValueError, TypeError, InvalidSignature, x509.UnsupportedGeneralNameType) as error:
+        return _Parsed(
+            spki_sha256=_spki_sha256(parsed.public_key()),
+            opens=parsed.not_valid_before_utc,
+            closes=parsed.not_valid_after_utc,
+            extensions={
+                extension.oid: extension.value.value
+                for extension in parsed.extensions
+                if isinstance(extension.value, x509.UnrecognizedExtension)
+            },
+        )
+    except (InvalidSignature, *MALFORMED) as error:
         reason = f"certificate: not a self-signed X.509 certificate ({type(error).__name__})"
         raise EvidenceMalformed(reason, field="certificate") from None
-    return parsed, found
 
 
 def _tagged_evidence(extension: bytes) -> tuple[bytes, bytes]:
@@ -185,8 +199,7 @@ def _canonical(data: bytes, what: str, limit: int) -> Any:
 
 
 def _spki_sha256(key: Any) -> bytes:
-    try:
-        spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (ValueError, AttributeError) as error:
-        raise EvidenceMalformed.because("certificate key", type(error).__name__, "an elliptic curve key") from None
-    return hashlib.sha256(spki).digest()
+    """SHA-256 of the DER SubjectPublicKeyInfo of an elliptic curve key; TLS here knows no other."""
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise EvidenceMalformed.because("certificate key", type(key).__name__, "an elliptic curve key")
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()

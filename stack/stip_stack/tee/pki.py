@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
+
 from stip_protocol.attestation.certificates import PCK_NAME, SGX_EXTENSION, TCB_SIGNER_NAME
 from stip_protocol.errors import ConfigurationError
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from cryptography.hazmat.primitives.serialization import Encoding
+
 from stip_protocol.attestation.evidence import REPORT_DATA
 from stip_protocol.errors import EvidenceMalformed
 from stip_stack.tee import collateral as simulated_collateral

@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from stip_protocol.attestation.quote import ECDSA_P256, INTEL_VENDOR_ID, PCK_CHAIN, TEE_SGX, Attributes
 from stip_stack.tee.collateral import QE_ATTRIBUTES, QE_PROD_ID, QE_SIGNER, Faults
 from stip_stack.tee.pki import CPU_SVN, PCE_SVN, Pki
