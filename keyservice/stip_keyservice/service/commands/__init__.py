@@ -1,0 +1,1 @@
+"""What the operator of a key service types. Each module holds the commands of one subject."""

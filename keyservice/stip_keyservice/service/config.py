@@ -1,0 +1,72 @@
+"""`keyservice.toml`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pydantic import Field
+
+from stip_keyservice.service.policy import Policy
+from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime.config import ConfigPath, Serving, Settings
+
+ROOT_LIMIT = 16 << 10
+"""Bytes of the largest root certificate read."""
+
+
+class Limits(Settings):
+    """Bounds of one process."""
+
+    threads: int = Field(default=4, ge=1, le=64)
+    waiting: int = Field(default=256, ge=1)
+    """Requests under way; more are refused as overloaded."""
+    deadline_seconds: float = Field(default=10.0, gt=0, le=300)
+    """How long one decision may take."""
+
+
+class KeyServiceSettings(Settings):
+    serving: Serving = Serving()
+    home: ConfigPath | None = None
+    """The key service's home; by default `$STIP_KEYSERVICE_HOME` or `~/.stip/keyservice`."""
+    policy: ConfigPath
+    """The policy, see `stip_keyservice.service.policy`."""
+    dns_name: str = Field(default="localhost", min_length=1, max_length=253)
+    """The name the server's certificate carries."""
+    simulated_root: ConfigPath | None = None
+    """DER of a simulated TEE's root. Development only."""
+    limits: Limits = Limits()
+    simulated: bool = False
+    """Must be set, and only then, where the policy trusts a simulated TEE."""
+
+
+def trust(settings: KeyServiceSettings, policy: Policy) -> bytes | None:
+    """The simulated root (DER) to verify evidence with; None is Intel's.
+
+    Simulation takes three consents that agree: `simulated` and `simulated_root` in the configuration, and a
+    development policy that pins that root. Raises `ConfigurationError` where one is missing or too many.
+    """
+    for name, given in (
+        ("simulated_root", settings.simulated_root is not None),
+        ("policy evidence.simulated_root_sha256", policy.simulated),
+    ):
+        if given != settings.simulated:
+            got, allowed = ("one", "none without simulated = true") if given else ("none", "one with simulated = true")
+            raise ConfigurationError.because(name, got, allowed)
+    if settings.simulated_root is None:
+        return None
+    der = _read(settings.simulated_root)
+    if hashlib.sha256(der).digest() != policy.evidence.simulated_root_sha256:
+        raise ConfigurationError.because("simulated_root", "another root", "the one that the policy pins")
+    return der
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(ROOT_LIMIT + 1)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    if not 0 < len(data) <= ROOT_LIMIT:
+        raise ConfigurationError.because(str(path), f"{len(data)} bytes", f"1 to {ROOT_LIMIT}")
+    return data

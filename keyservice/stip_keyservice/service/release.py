@@ -1,0 +1,158 @@
+"""The decision about a release: pure functions of the request, the policy, the clock and what is registered.
+
+Nothing here reads a file, a database or a clock; every rule of the release protocol (`stip_protocol.release`)
+that the key service must hold is in this module, in the order it is tried:
+
+1. `read_claims`: the claims parse and are made out to this service.
+2. (the caller takes the nonce out, for good)
+3. `examine`: the evidence is accepted and binds the claims; the delegation is signed by the key it names, not
+   expired, and names this enclave key, measurement and instance.
+4. `require_entitled`: that key is a present user's, who may use the instance, which serves this kind.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from stip_keyservice.service.instances import Instance
+from stip_keyservice.service.linkca import read_link_key
+from stip_keyservice.service.policy import Policy
+from stip_keyservice.service.users import User
+from stip_protocol.attestation import verifier
+from stip_protocol.attestation.evidence import Evidence
+from stip_protocol.documents import Signed
+from stip_protocol.errors import (
+    DelegationRefused,
+    FrameInvalid,
+    InstanceRefused,
+    ReleaseError,
+    RequestInvalid,
+    SignatureInvalid,
+    UserRefused,
+)
+from stip_protocol.lease import CLOCK_SKEW
+from stip_protocol.release import DER_LIMIT, Claims, Delegation, report_data
+
+CLAIMS_LIMIT = 2 * DER_LIMIT
+"""Bytes of the largest claims: a link key and a few hundred bytes more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A release request as it came."""
+
+    claims: bytes
+    quote: bytes
+    collateral: bytes
+    delegation: bytes
+
+
+@dataclass(frozen=True)
+class Applicant:
+    """Who asks, once evidence and delegation hold."""
+
+    claims: Claims
+    claims_bytes: bytes = field(repr=False)
+    delegation: Delegation
+    delegation_digest: bytes
+    measurement: bytes
+    simulated: bool
+
+
+def read_claims(data: bytes, *, service: bytes) -> Claims:
+    """The claims, not believed yet. Raises `FrameInvalid`, `VersionUnsupported`, `ReleaseError`."""
+    if len(data) > CLAIMS_LIMIT:
+        raise FrameInvalid.because("claims", f"{len(data)} bytes", f"at most {CLAIMS_LIMIT}")
+    claims = Claims.from_bytes(data)
+    if not hmac.compare_digest(claims.service, service):
+        raise ReleaseError.because("claims service", claims.service.hex(), service.hex())
+    return claims
+
+
+def examine(request: Request, claims: Claims, policy: Policy, *, root_der: bytes | None, now: int) -> Applicant:
+    """Verify evidence and delegation.
+
+    Raises the attestation errors of `verifier.verify`, `DelegationRefused`, `RequestInvalid` (a key in the
+    claims that cannot be used).
+    """
+    verified = verifier.verify(
+        Evidence(request.quote, request.collateral),
+        policy.evidence,
+        report_data=report_data(request.claims),
+        now=now,
+        root_der=root_der,
+    )
+    _require_usable_keys(claims)
+    delegation = _open_delegation(request.delegation, claims, policy, now)
+    for name, got, expected in (
+        ("enclave key", delegation.enclave_key, claims.tls_key),
+        ("measurement", delegation.measurement, verified.measurement),
+        ("instance", bytes.fromhex(delegation.instance), bytes.fromhex(claims.instance)),
+    ):
+        if not hmac.compare_digest(got, expected):
+            raise DelegationRefused.because(f"delegation {name}", got.hex(), expected.hex())
+    return Applicant(
+        claims=claims,
+        claims_bytes=request.claims,
+        delegation=delegation,
+        delegation_digest=claims.delegation,
+        measurement=verified.measurement,
+        simulated=verified.simulated,
+    )
+
+
+def require_entitled(claims: Claims, user: User | None, instance: Instance | None) -> tuple[User, Instance]:
+    """Both, where the user may have what is asked for. Raises `UserRefused`, `InstanceRefused`."""
+    if user is None:
+        raise UserRefused.because("delegation user", "a key that is not registered", "a registered user's key")
+    require_present(user)
+    if instance is None or instance.removed_at is not None:
+        raise InstanceRefused.because("claims instance", "one that is not registered", "a registered instance")
+    require_member(user, instance)
+    if claims.kind == "grant" and instance.kind != "shared":
+        raise InstanceRefused.because("claims kind", "grant for a dedicated instance", "bundle, which carries it")
+    return user, instance
+
+
+def require_present(user: User) -> None:
+    """Raises `UserRefused` where the user was removed."""
+    if user.removed_at is not None:
+        raise UserRefused.because("user", "one that was removed", "a registered user")
+
+
+def require_member(user: User, instance: Instance) -> None:
+    """Raises `UserRefused` where the instance is not for this user."""
+    if user.id not in instance.members:
+        raise UserRefused.because("user", "not a member of this instance", "the members of the instance")
+
+
+def _open_delegation(data: bytes, claims: Claims, policy: Policy, now: int) -> Delegation:
+    if not 0 < len(data) <= DER_LIMIT:
+        raise DelegationRefused.because("delegation", f"{len(data)} bytes", f"1 to {DER_LIMIT} bytes, signed")
+    try:
+        signed = Signed.from_bytes(data)
+        named = Delegation.from_bytes(signed.payload).user
+        delegation = signed.open(Delegation, Ed25519PublicKey.from_public_bytes(named))
+    except (FrameInvalid, SignatureInvalid) as error:
+        raise DelegationRefused(error.message, field="delegation") from None
+    except ValueError:
+        raise DelegationRefused.because("delegation user", "not an Ed25519 key", "a user's public key") from None
+    if not hmac.compare_digest(signed.digest(), claims.delegation):
+        raise DelegationRefused.because("delegation", "another one", "the delegation that the claims digest")
+    latest = now + policy.release.delegation_seconds
+    if not now < delegation.expires <= latest + CLOCK_SKEW:
+        raise DelegationRefused.because("delegation expires", delegation.expires, f"after {now}, at most {latest}")
+    return delegation
+
+
+def _require_usable_keys(claims: Claims) -> None:
+    read_link_key(claims.link_key)
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(claims.hpke_key))
+    except ValueError:
+        # RFC 7748 section 6.1: a point of small order would make the shared secret zero
+        raise RequestInvalid.because("claims hpke_key", "a point of small order", "an X25519 public key") from None

@@ -1,0 +1,207 @@
+"""The key service's state: one SQLite file that the service and the CLI share.
+
+WAL lets readers go on beside one writer. A transaction that decides something (a nonce, a budget, the audit
+log) starts with BEGIN IMMEDIATE: what it read cannot change before it writes, whichever process it is in
+(SQLite, "Write-Ahead Logging"; "BEGIN TRANSACTION").
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import (
+    URL,
+    CheckConstraint,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+)
+from sqlalchemy.exc import DatabaseError, OperationalError
+
+from stip_protocol.errors import ConfigurationError, Unavailable, VersionUnsupported
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 10
+"""How long a writer waits for another before the request is refused as unavailable."""
+
+metadata = MetaData()
+
+meta = Table(
+    "meta",
+    metadata,
+    Column("key", String, primary_key=True),
+    Column("value", String, nullable=False),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("name", String, nullable=False),
+    Column("public_key", LargeBinary, nullable=False, unique=True),
+    Column("budget", Integer, nullable=False),
+    Column("spent", Integer, nullable=False),
+    Column("added_at", Integer, nullable=False),
+    Column("removed_at", Integer),
+    CheckConstraint("spent >= 0 AND spent <= budget", name="never_overspent"),
+)
+Index("one_user_of_a_name", users.c.name, unique=True, sqlite_where=users.c.removed_at.is_(None))
+
+instances = Table(
+    "instances",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("epoch", Integer, nullable=False),
+    Column("preset", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("manifest_digest", LargeBinary, nullable=False),
+    Column("sealed_grant", LargeBinary),
+    Column("added_at", Integer, nullable=False),
+    Column("removed_at", Integer),
+    CheckConstraint("kind IN ('dedicated', 'shared')", name="known_kind"),
+    CheckConstraint("(sealed_grant IS NULL) = (removed_at IS NOT NULL)", name="removed_means_shredded"),
+)
+
+members = Table(
+    "members",
+    metadata,
+    Column("instance", ForeignKey("instances.id"), primary_key=True),
+    Column("user", ForeignKey("users.id"), primary_key=True),
+)
+
+nonces = Table(
+    "nonces",
+    metadata,
+    Column("nonce", LargeBinary, primary_key=True),
+    Column("expires", Integer, nullable=False, index=True),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("handle", LargeBinary, primary_key=True),
+    Column("user", ForeignKey("users.id"), nullable=False),
+    Column("instance", ForeignKey("instances.id"), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("manifest_digest", LargeBinary, nullable=False),
+    Column("audience", String, nullable=False),
+    Column("link_key", LargeBinary, nullable=False),
+    Column("delegated_until", Integer, nullable=False),
+    Column("serial", Integer, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    Column("fed", Integer, nullable=False),
+    Column("not_before", Integer, nullable=False),
+    Column("expires", Integer, nullable=False, index=True),
+    Column("heartbeat", LargeBinary),
+    Column("renewal", LargeBinary),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("entry", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+)
+
+audit_head = Table(
+    "audit_head",
+    metadata,
+    Column("one", Integer, primary_key=True, autoincrement=False),
+    Column("signed", LargeBinary, nullable=False),
+    CheckConstraint("one = 1", name="single_row"),
+)
+
+
+class Store:
+    """The database behind one path, usable from any thread. Created, mode 0600, where it does not exist.
+
+    Raises `ConfigurationError` where the file cannot be opened or is no database, `VersionUnsupported` where
+    its schema is of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise ConfigurationError(f"{path}: {error.strerror}") from None
+        self._engine = _engine(path)
+        try:
+            with self._transaction("IMMEDIATE") as db:
+                _prepare(db)
+        except DatabaseError as error:
+            raise ConfigurationError(f"{path}: not a usable SQLite database ({type(error.orig).__name__})") from None
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One exclusive transaction: committed at the end, undone by an exception. Raises `Unavailable`."""
+        with self._available(), self._transaction("IMMEDIATE") as db:
+            yield db
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """One consistent view. Raises `Unavailable`."""
+        with self._available(), self._transaction("DEFERRED") as db:
+            yield db
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _available(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError:
+            raise Unavailable("state: the database is busy or cannot be written") from None
+
+    @contextmanager
+    def _transaction(self, mode: Literal["IMMEDIATE", "DEFERRED"]) -> Iterator[Connection]:
+        with self._engine.connect().execution_options(begin_mode=mode) as db, db.begin():
+            yield db
+
+
+def _engine(path: Path) -> Engine:
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions are begun below, not guessed by the driver
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        connection.exec_driver_sql(f"BEGIN {connection.get_execution_options()['begin_mode']}")
+
+    return engine
+
+
+def _prepare(db: Connection) -> None:
+    names = inspect(db).get_table_names()
+    if not names:
+        metadata.create_all(db)
+        db.execute(insert(meta).values(key="schema_version", value=str(SCHEMA_VERSION)))
+    found = None
+    if not names or meta.name in names:
+        found = db.execute(select(meta.c.value).where(meta.c.key == "schema_version")).scalar()
+    if found != str(SCHEMA_VERSION):
+        raise VersionUnsupported.because("state.db schema version", found or "none", SCHEMA_VERSION)
