@@ -1,0 +1,258 @@
+"""`stip-keyservice protect`: the command line of protection.
+
+Torch and transformers are imported when the command runs, not before: the other commands of the key service
+do without them.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stip_keyservice.home import HOME_VARIABLE, Home
+from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
+from stip_protocol.manifest import Preset
+
+if TYPE_CHECKING:
+    from stip_keyservice.protect.instance import Protected
+
+EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
+PEM_LIMIT = 1 << 16
+STAGES = {"server": "Server part", "enclave": "Enclave part", "certificate": "Certificate"}
+
+EPILOG = """\b
+Examples:
+  stip-keyservice protect ./llama --preset hardened --out ./instance
+  stip-keyservice protect ./gpt2 --preset paper --accept-tied-head --out ./instance --json
+
+\b
+Exit codes:
+  0  the instance is written, signed and certified
+  1  another failure
+  2  the input or the configuration is refused; nothing is written
+  3  the protected instance does not compute what its source computes; nothing is written
+"""
+
+
+@click.command(name="protect", epilog=EPILOG)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--preset",
+    type=click.Choice(["paper", "hardened"]),
+    default="hardened",
+    show_default=True,
+    help="hardened: the largest lossless group of keys, head and sampling in the enclave. paper: permutations as"
+    " published, bit-exact weights, a permuted head on the server.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Instance folder: missing or empty.")
+@click.option(
+    "--home",
+    type=click.Path(path_type=Path),
+    envvar=HOME_VARIABLE,
+    help="Key service home with the developer's signing key; made on first use.  [default: ~/.stip/keyservice]",
+)
+@click.option(
+    "--epoch",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Number of this set of keys; raise it when you protect the same model again.",
+)
+@click.option(
+    "--seal-to",
+    type=click.Path(path_type=Path),
+    help="X25519 public key (PEM) of the key service that will hold the secrets.  [default: the home's own]",
+)
+@click.option(
+    "--accept-tied-head",
+    is_flag=True,
+    help="Allow the preset paper for a model whose head is its embedding: the server then holds the embedding's"
+    " values, and can recover every token.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Random sequences that the equivalence certificate compares.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
+@click.option("--quiet", is_flag=True, help="No progress and no tables; errors still go to stderr.")
+def protect(
+    model: Path,
+    preset: Preset,
+    out: Path,
+    home: Path | None,
+    epoch: int,
+    seal_to: Path | None,
+    accept_tied_head: bool,
+    samples: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Protect MODEL, a local Hugging Face folder of safetensors, under fresh secret keys.
+
+    Writes an instance: a server part for the operator (a standard checkpoint that names and digests nothing of
+    its source), an encrypted enclave part, a client part with the tokenizer, a manifest signed by you, and the
+    root secret sealed to the key service. Before anything is published the instance is run against MODEL: the
+    certificate says how closely they agree.
+
+    Next: register the instance with `stip-keyservice instances add`, give `manifest.json`, its signature and
+    `server/` to the operator, `enclave/` to wherever enclaves fetch it, and `client/` to your users.
+    """
+    try:
+        with _terminable(), _progress(quiet) as progress:
+            opened = Home.open(home)
+            recipient = _public_key(seal_to) if seal_to else opened.sealing.public_key()
+            result = _protection()(
+                model,
+                out,
+                preset=preset,
+                developer=opened.developer,
+                seal_to=recipient,
+                epoch=epoch,
+                accept_tied_head=accept_tied_head,
+                samples=samples,
+                progress=progress,
+            )
+    except StipError as error:
+        _fail(error)
+    if as_json:
+        click.echo(json.dumps(_report(result)))
+    elif not quiet:
+        _show(result)
+
+
+def _protection() -> Callable[..., Protected]:
+    """`instance.protect`, with the loaded libraries' own messages and bars turned off."""
+    from transformers.utils import logging
+
+    from stip_keyservice.protect.instance import protect as protect_checkpoint
+
+    messages: Any = logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    return protect_checkpoint
+
+
+class _Bars:
+    """The progress callback of `instance.protect`, as bars with rate and time left on stderr."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks = {
+            stage: progress.add_task(title, total=None, start=False, rate="") for stage, title in STAGES.items()
+        }
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        task = self._tasks[stage]
+        if done == 0:
+            self._progress.start_task(task)
+        speed = self._progress.tasks[task].speed
+        unit, scale = ("sequences/s", 1.0) if stage == "certificate" else ("MB/s", 1e6)
+        rate = f"{speed / scale:.1f} {unit}" if speed else ""
+        self._progress.update(task, completed=done, total=total, rate=rate)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[_Bars]:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<13}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        yield _Bars(progress)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as an exception, so that a half-written instance is removed."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _public_key(path: Path) -> X25519PublicKey:
+    try:
+        with path.open("rb") as file:
+            key = load_pem_public_key(file.read(PEM_LIMIT))
+    except OSError as error:
+        raise ConfigurationError(f"seal-to {path}: {error.strerror}", field="seal-to") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigurationError.because("seal-to", "no public key in PEM", "an X25519 public key (PEM)") from None
+    if not isinstance(key, X25519PublicKey):
+        raise ConfigurationError.because("seal-to", type(key).__name__, "an X25519 public key (PEM)")
+    return key
+
+
+def _report(result: Protected) -> dict[str, object]:
+    manifest = result.manifest
+    return {
+        "instance": manifest.instance,
+        "epoch": manifest.epoch,
+        "preset": manifest.preset,
+        "directory": str(result.directory),
+        "manifest_digest": result.manifest_digest.hex(),
+        "certificate": result.certificate.model_dump(mode="json") | {"passed": result.certificate.passed},
+    }
+
+
+def _show(result: Protected) -> None:
+    manifest, certificate = result.manifest, result.certificate
+    summary = certificate.summary()
+    rows = [
+        ("Instance", manifest.instance),
+        ("Epoch, preset", f"{manifest.epoch}, {manifest.preset}"),
+        ("Manifest digest", result.manifest_digest.hex()),
+        ("Folder", str(result.directory)),
+        (
+            "Same top-1",
+            f"{summary['top1']:.2%} of {certificate.positions} positions ({summary['top1_with_ties']:.2%} with ties)",
+        ),
+        (
+            "Difference",
+            f"rms {summary['relative_rms']:.1e} of the logits' spread (allowed {certificate.bound:.0e}),"
+            f" largest {summary['relative_largest']:.1e}, mean {summary['relative_mean']:.1e}",
+        ),
+        ("Compared in", f"{certificate.compute_dtype}, stored as {certificate.stored_dtype}, seed {certificate.seed}"),
+    ]
+    if native := certificate.native:
+        error = f"{native.protected_rms:.1e}, the source's own {native.plain_rms:.1e}"
+        rows.append((f"In {certificate.stored_dtype}", f"error {error}"))
+    table = Table(title="Protected and certified", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _fail(error: StipError) -> NoReturn:
+    """One line: what is wrong, the stable code, what to do."""
+    click.echo(f"error: {error} — {error.action.replace('_', ' ')}", err=True)
+    codes = {ConfigurationError: EXIT_INPUT, IntegrityError: EXIT_NOT_EQUIVALENT}
+    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
