@@ -7,6 +7,7 @@ dtype and are bit-exact; all others act in float64, and the result is rounded on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -235,10 +236,8 @@ def stored(rows: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
 
     Raises `CheckpointInvalid` where a value is not finite: it was not in the checkpoint, or does not fit.
     """
-    if rows.dtype is TORCH_DTYPE[dtype]:
-        return rows.contiguous()
     rounded = rows.to(TORCH_DTYPE[dtype])
-    if not torch.isfinite(rounded).all():
+    if rows.dtype is torch.float64 and not torch.isfinite(rounded).all():
         raise CheckpointInvalid.because(name, "values that are not finite", f"values that fit {dtype} once keyed")
     return rounded.contiguous()
 
@@ -264,18 +263,11 @@ def _columns(key: Key, rows: torch.Tensor, *, exact: bool) -> torch.Tensor:
     """rows·Kᵀ: the key on the columns."""
     out = torch.zeros_like(rows)
     for term in key.terms(0, key.size):
-        _add(
-            out.T,
-            term,
-            rows.T[_index(term.source)] if isinstance(term.source, slice) else _pick(rows, term.source).T,
-            exact=exact,
-        )
+        index = _index(term.source)
+        taken = rows[:, index] if isinstance(index, slice) else rows.index_select(1, index)
+        _add(out.T, term, taken.T, exact=exact)
     return out
 
 
-def _pick(rows: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-    return rows.index_select(1, torch.tensor(index))
-
-
-def _unique(names: object) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))  # type: ignore[call-overload]
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -133,7 +133,10 @@ def plan(
             field="preset",
         )
     names, dtype = _match(architecture, headers)
-    drawn = draw_keys(architecture, chosen, root) | dict(keys or {})
+    drawn = draw_keys(architecture, chosen, root)
+    if keys and not keys.keys() <= drawn.keys():
+        raise ValueError(f"keys of unknown spaces: {sorted(keys.keys() - drawn.keys())}")
+    drawn |= keys or {}
     return _Builder(architecture, chosen, names, dtype, drawn, mutate).build()
 
 

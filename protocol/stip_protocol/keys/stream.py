@@ -59,8 +59,8 @@ class KeyStream:
 
     def integers(self, bound: int, count: int) -> NDArray[np.int64]:
         """`count` uniform integers in [0, bound), unbiased: words at or above the last multiple are rejected."""
-        if not 1 <= bound <= 1 << 62:
-            raise ConfigurationError.because("bound", bound, "1 .. 2^62")
+        if not 1 <= bound <= 1 << 63:
+            raise ConfigurationError.because("bound", bound, "1 .. 2^63")
         limit = (1 << 64) - (1 << 64) % bound
         accepted: list[NDArray[np.uint64]] = []
         missing = count

@@ -1,0 +1,117 @@
+"""Tables tile every tensor, and the group of each space is derived from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from stip_keyservice.protect.architecture import After, Architecture, NormKind, Port
+from stip_keyservice.protect.families import expand
+from stip_keyservice.protect.groups import Group, cap, meet, subgroups
+from stip_keyservice.protect.keyring import group_of
+from stip_keyservice.protect.presets import HARDENED, PAPER
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def architecture(request: pytest.FixtureRequest, fixed: dict[str, dict[str, Any]]) -> Architecture:
+    return expand(fixed[request.param])
+
+
+def test_every_pair_of_groups_has_one_meet() -> None:
+    for a, b in product(Group, Group):
+        common = subgroups(a) & subgroups(b)
+        assert [group for group in common if common <= subgroups(group)] == [meet(a, b)]
+        assert meet(a, b) == meet(b, a)
+
+
+@pytest.mark.parametrize(
+    ("family", "space", "folded", "unfolded", "hardened", "paper"),
+    [
+        ("llama", "residual", Group.ORTHOGONAL, Group.PERMUTATION, Group.ORTHOGONAL, Group.PERMUTATION),
+        ("llama", "layers.0.query_key", Group.PAIR_SCALARS, Group.PAIR_SCALARS, Group.PAIR_SCALARS, Group.PAIR_SIGNS),
+        ("llama", "layers.0.value_output", Group.GENERAL, Group.GENERAL, Group.ORTHOGONAL, Group.PERMUTATION),
+        ("llama", "layers.0.feed_forward", Group.MONOMIAL, Group.MONOMIAL, Group.MONOMIAL, Group.PERMUTATION),
+        ("llama", "vocabulary", Group.PERMUTATION, Group.PERMUTATION, Group.IDENTITY, Group.PERMUTATION),
+        ("gpt2", "residual", Group.ORTHOGONAL_CENTRED, Group.PERMUTATION, Group.ORTHOGONAL_CENTRED, Group.PERMUTATION),
+        ("gpt2", "layers.0.query_key", Group.GENERAL, Group.GENERAL, Group.ORTHOGONAL, Group.PERMUTATION),
+        ("gpt2", "layers.0.value_output", Group.GENERAL, Group.GENERAL, Group.ORTHOGONAL, Group.PERMUTATION),
+        ("gpt2", "layers.0.feed_forward", Group.PERMUTATION, Group.PERMUTATION, Group.PERMUTATION, Group.PERMUTATION),
+        ("gpt2", "positions", Group.IDENTITY, Group.IDENTITY, Group.IDENTITY, Group.IDENTITY),
+    ],
+)
+def test_groups_are_derived(
+    fixed: dict[str, dict[str, Any]],
+    family: str,
+    space: str,
+    folded: Group,
+    unfolded: Group,
+    hardened: Group,
+    paper: Group,
+) -> None:
+    architecture = expand(fixed[family])
+    assert cap(architecture, space, folds=True) == folded
+    assert cap(architecture, space, folds=False) == unfolded
+    assert group_of(architecture, space, HARDENED) == hardened
+    assert group_of(architecture, space, PAPER) == paper
+
+
+def test_a_norm_that_scales_the_residual_leaves_permutations(architecture: Architecture) -> None:
+    norms = (replace(architecture.norms[0], scales=True), *architecture.norms[1:])
+    assert group_of(replace(architecture, norms=norms), "residual", HARDENED) == Group.PERMUTATION
+
+
+def test_one_layer_norm_among_rms_norms_asks_for_the_mean(fixed: dict[str, dict[str, Any]]) -> None:
+    architecture = expand(fixed["llama"])
+    norms = (*architecture.norms[:-1], replace(architecture.norms[-1], kind=NormKind.LAYER))
+    assert cap(replace(architecture, norms=norms), "residual", folds=True) == Group.ORTHOGONAL_CENTRED
+
+
+def test_an_activation_on_a_writer_leaves_permutations(architecture: Architecture) -> None:
+    linears = tuple(
+        replace(linear, after=After.ELEMENTWISE) if linear.name == "layers.0.v" else linear
+        for linear in architecture.linears
+    )
+    changed = replace(architecture, linears=linears)
+    assert cap(changed, "layers.0.value_output", folds=True) == Group.PERMUTATION
+
+
+def test_slabs_tile_every_tensor_of_the_real_class(models: Any, fixed: dict[str, dict[str, Any]]) -> None:
+    for config in fixed.values():
+        plain = models.make(config)
+        architecture = expand(plain.config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in plain.model.state_dict().items()}
+        assert dict(architecture.tensors) == shapes
+
+
+def test_a_forgotten_matrix_is_noticed(architecture: Architecture) -> None:
+    for forgotten in architecture.linears:
+        rest = tuple(linear for linear in architecture.linears if linear is not forgotten)
+        with pytest.raises(ValueError, match=r"tile|without"):
+            replace(architecture, linears=rest)
+
+
+def test_a_matrix_that_is_claimed_twice_is_noticed(architecture: Architecture) -> None:
+    with pytest.raises(ValueError, match="tile"):
+        replace(architecture, linears=(*architecture.linears, architecture.linears[0]))
+
+
+def test_a_forgotten_norm_or_table_is_noticed(architecture: Architecture) -> None:
+    used = {linear.norm for linear in architecture.linears}
+    with pytest.raises(ValueError, match="without"):
+        replace(architecture, tables=())
+    with pytest.raises(ValueError, match="without"):
+        replace(
+            architecture,
+            norms=tuple(norm for norm in architecture.norms if norm.weight != min(filter(None, used))),
+            linears=tuple(replace(linear, norm=None) for linear in architecture.linears),
+        )
+
+
+def test_a_matrix_between_spaces_of_other_sizes_is_noticed(architecture: Architecture) -> None:
+    first = architecture.linears[0]
+    swapped = replace(first, reads=Port("layers.0.feed_forward"), norm=None)
+    with pytest.raises(ValueError, match=first.name):
+        replace(architecture, linears=(swapped, *architecture.linears[1:]))
