@@ -194,12 +194,14 @@ def _sharded(directory: Path, index: Path) -> tuple[dict[str, TensorHeader], dic
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
         if path.name != shard or not path.is_file():
-            raise CheckpointInvalid.because(f"{INDEX}, shard {ascii(shard)[:130]}", "no such file", "a file beside the index")
+            what = f"{INDEX}, shard {ascii(shard)[:130]}"
+            raise CheckpointInvalid.because(what, "no such file", "a file beside the index")
         for name, header in read_headers(path).items():
             if name in files:
                 raise CheckpointInvalid.because(f"tensor {name}", f"{files[name].name} and {shard}", "one shard")
             if weight_map.get(name) != shard:
-    XX
+                got = f"in {shard}, {'another file' if name in weight_map else 'not'} in the index"
+                raise CheckpointInvalid.because(f"tensor {name}", got, f"the file that {INDEX} names")
             headers[name], files[name] = header, path
     if missing := sorted(weight_map.keys() - headers.keys()):
         what = f"{INDEX}, tensor {ascii(missing[0])[:130]}"

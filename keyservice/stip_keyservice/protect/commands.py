@@ -155,7 +155,7 @@ class _Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks = {
-            stage: progress.add_task(title, total=None, start=False, rate="") for stage, title in STAGES.items()
+            stage: progress.add_task(title, start=False, visible=False, rate="") for stage, title in STAGES.items()
         }
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -165,7 +165,7 @@ class _Bars:
         speed = self._progress.tasks[task].speed
         unit, scale = ("sequences/s", 1.0) if stage == "certificate" else ("MB/s", 1e6)
         rate = f"{speed / scale:.1f} {unit}" if speed else ""
-        self._progress.update(task, completed=done, total=total, rate=rate)
+        self._progress.update(task, completed=done, total=total, rate=rate, visible=True)
 
 
 @contextmanager
