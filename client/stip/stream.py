@@ -119,9 +119,7 @@ class Stream:
         if self.failure is not None:
             raise self.failure
         turn = self._turn = Turn(sampling.max_tokens)
-        await self._write(
-            enclave_pb2.ClientFrame(turn=enclave_pb2.Turn(ids=pack(ids), sampling=sampling.to_wire()))
-        )
+        await self._write(enclave_pb2.ClientFrame(turn=enclave_pb2.Turn(ids=pack(ids), sampling=sampling.to_wire())))
         return turn
 
     async def cancel(self, only: Turn | None = None) -> None:

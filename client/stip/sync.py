@@ -190,11 +190,19 @@ class Session:
 
 
 def _iterate(chunks: AsyncGenerator[Chunk, None]) -> Generator[Chunk, None, None]:
+    # An interrupted step unwinds in the background: only then may the generator be closed.
+    unwound = asyncio.Lock()
+
     async def following() -> Chunk | None:
-        return await anext(chunks, None)
+        async with unwound:
+            return await anext(chunks, None)
+
+    async def closing() -> None:
+        async with unwound:
+            await chunks.aclose()
 
     try:
         while (chunk := _LOOP.run(following())) is not None:
             yield chunk
     finally:
-        _LOOP.run(chunks.aclose())
+        _LOOP.run(closing())

@@ -26,49 +26,66 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """Encodes prompts and decodes answers with the files of one verified `client/` folder."""
+    """Encodes prompts and decodes answers with the files of one verified `client/` folder.
+
+    A model may come without a tokenizer: its users bring ids, and its answers are ids without text.
+    """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, manifest: ClientManifest, template: ChatTemplate | None = None
+        self, backend: tokenizers.Tokenizer | None, manifest: ClientManifest, template: ChatTemplate | None = None
     ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
-        self.backend = backend
+        self._backend = backend
         self.manifest = manifest
         self.template = template
-        added = backend.get_added_tokens_decoder()
-        self.special: frozenset[int] = frozenset(id_ for id_, token in added.items() if token.special)
-        self.fallback_bytes = _fallback_bytes(backend)
+        self.silent: frozenset[int] = frozenset()
+        """Ids of special tokens, which an answer's text leaves out."""
+        self.fallback_bytes: frozenset[int] = frozenset()
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+            added = backend.get_added_tokens_decoder()
+            self.silent = frozenset(id_ for id_, token in added.items() if token.special)
+            self.fallback_bytes = _fallback_bytes(backend)
 
     @classmethod
     def open(cls, folder: Path, developer: Ed25519PublicKey, *, instance: str) -> Tokenizer:
         """Verify the folder and load it.
 
         Raises `SignatureInvalid`, `ManifestMismatch` (a file is missing, differs or is not listed; another
-        instance), `VersionUnsupported`, `ConfigurationError` (no tokenizer.json).
+        instance), `VersionUnsupported`, `ConfigurationError` (a file that cannot be used).
         """
         manifest, _ = ClientManifest.load(folder / "manifest.json", developer)
         if manifest.instance != instance:
             raise ManifestMismatch.because("client manifest: instance", manifest.instance, instance)
         check_files(folder, manifest.files)
-        if TOKENIZER not in manifest.files:
-            raise ConfigurationError.because("tokenizer files", "no " + TOKENIZER, "a fast tokenizer's tokenizer.json")
         files = {name: _read(folder, name, manifest) for name in (TOKENIZER, SETTINGS, TEMPLATE)}
+        data, source = files[TOKENIZER], files[TEMPLATE]
         try:
-            backend = tokenizers.Tokenizer.from_str((files[TOKENIZER] or b"").decode())
+            backend = None if data is None else tokenizers.Tokenizer.from_str(data.decode())
             settings: dict[str, Any] = json.loads(files[SETTINGS] or b"{}")
+            template = ChatTemplate.of(settings, None if source is None else source.decode())
+        except ConfigurationError:
+            raise
         except Exception as error:  # noqa: BLE001  # the tokenizers library raises bare exceptions
             raise ConfigurationError(f"tokenizer files: cannot be read ({type(error).__name__})") from None
-        source = files[TEMPLATE]
-        return cls(backend, manifest, ChatTemplate.of(settings, None if source is None else source.decode()))
+        return cls(backend, manifest, template if backend is not None else None)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Ids of `text`; `special` adds what the model expects around a prompt (a template writes its own)."""
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        """Ids of `text`; `special` adds what the model expects around a prompt (a template writes its own).
+
+        Raises `ConfigurationError` where there is no tokenizer.
+        """
+        if self._backend is None:
+            raise ConfigurationError("tokenizer: this instance has no tokenizer.json; give the prompt as token ids")
+        return list(self._backend.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """The text of `ids` without special tokens; empty where there is no tokenizer."""
+        return "" if self._backend is None else self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def speaks(self, id_: int) -> bool:
+        """Whether `id_` has a share in an answer's text."""
+        return self._backend is not None and id_ not in self.silent and bool(self._backend.id_to_token(id_))
 
     def detokenizer(self) -> Detokenizer:
         """A stream of ids to text, for one answer."""
@@ -91,8 +108,7 @@ class Detokenizer:
 
     def push(self, id_: int) -> str:
         """The text that `id_` settles, often empty."""
-        backend = self._tokenizer.backend
-        if id_ in self._tokenizer.special or not backend.id_to_token(id_):
+        if not self._tokenizer.speaks(id_):
             return ""
         self._pending.append(id_)
         if id_ in self._tokenizer.fallback_bytes:

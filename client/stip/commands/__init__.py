@@ -1,0 +1,1 @@
+"""The subcommands of `stip`, one module each."""
