@@ -1,0 +1,1 @@
+"""Engines behind `stip_server.engine.Engine`."""

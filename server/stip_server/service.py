@@ -1,0 +1,224 @@
+"""The gRPC service over an engine: links, their sessions, and who gets which event."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+import structlog
+
+from stip_protocol.errors import (
+    Draining,
+    FrameInvalid,
+    InstanceRefused,
+    ReplicaLost,
+    RequestInvalid,
+    SessionUnknown,
+    StipError,
+)
+from stip_protocol.rpc import EPOCH_KEY, INSTANCE_KEY, REPLICA_KEY
+from stip_protocol.telemetry import LINKS, ROWS, SESSIONS, STEP_SESSIONS, Telemetry
+from stip_protocol.wire import model_pb2 as wire
+from stip_protocol.wire import model_pb2_grpc
+from stip_server.engine import Ended, Engine, Event, Output, Stepped
+from stip_server.messages import card_message, closed, fed_frames, form_of, require_handle, slices_of
+from stip_server.peer import Peer
+
+OUTBOX_LIMIT = 1024
+"""Replies that wait for a peer that does not read; then nothing more is read from it."""
+
+
+class ModelService(model_pb2_grpc.ModelServicer):
+    """`Describe` and `Link` (wire/model.proto) over one engine. `name` is this replica's."""
+
+    def __init__(self, engine: Engine, telemetry: Telemetry, *, name: str, drain_seconds: float) -> None:
+        self._engine = engine
+        self._card = engine.card
+        self._telemetry = telemetry
+        self._name = name
+        self._drain_seconds = drain_seconds
+        self._links: dict[int, Peer] = {}
+        self._numbers = itertools.count(1)
+        self._draining = False
+        self._quiet = asyncio.Event()
+        self._log = structlog.get_logger()
+        self._handlers: dict[str, Callable[[Peer, Any], None]] = {
+            "open": self._open,
+            "feed": self._feed,
+            "close": self._close,
+            "recall": self._recall,
+            # A lease is the gateway's business; an enclave that links without one loses nothing by renewing.
+            "renew": lambda peer, message: None,
+        }
+        self._count()
+
+    @property
+    def sessions(self) -> int:
+        """Open now."""
+        return sum(len(peer.sessions) for peer in self._links.values())
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service to a server."""
+        model_pb2_grpc.add_ModelServicer_to_server(self, server)
+
+    async def Describe(  # noqa: N802 - the wire's name
+        self, request: wire.InstanceRef, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> wire.Card:
+        """Raises `InstanceRefused` for any instance or epoch but the one served."""
+        self._require_instance(request.instance, request.epoch)
+        return card_message(self._card, self._name)
+
+    async def Link(  # noqa: N802 - the wire's name
+        self, requests: AsyncIterator[wire.Up], context: grpc.aio.ServicerContext[wire.Up, wire.Down]
+    ) -> AsyncIterator[wire.Down]:
+        """Raises `FrameInvalid`, `InstanceRefused`, `ReplicaLost` or `Draining` before, `FrameInvalid` or
+        `TensorInvalid` after the stream began: a malformed frame ends it."""
+        self._admit(dict(context.invocation_metadata() or ()))
+        peer = Peer(next(self._numbers))
+        self._links[peer.number] = peer
+        self._count()
+        # Besides `finally`: a generator that is suspended when its call is cancelled is closed at some later time.
+        context.add_done_callback(lambda _: self._detach(peer))  # type: ignore[arg-type]  # the stubs are wrong
+        reader = asyncio.create_task(self._read(peer, requests))
+        reader.add_done_callback(peer.read_to_the_end)
+        try:
+            while (message := await peer.outbox.get()) is not None:
+                message.load = self.sessions
+                yield message
+                peer.outbox.task_done()
+            if reader.done():
+                await reader
+        finally:
+            reader.cancel()
+            self._detach(peer)
+
+    async def pump(self) -> None:
+        """Hand the engine's events to the links, until the engine stops."""
+        async for events in self._engine.steps():
+            self._dispatch(events)
+
+    async def drain(self) -> None:
+        """No new sessions; returns when the open ones have ended."""
+        self._draining = True
+        self._count()
+        for peer in self._links.values():
+            peer.send(wire.Down(drain=wire.Drain(seconds=round(self._drain_seconds))))
+        await self._quiet.wait()
+        for peer in self._links.values():
+            peer.finish()
+
+    async def _read(self, peer: Peer, requests: AsyncIterator[wire.Up]) -> None:
+        async for message in requests:
+            body = message.WhichOneof("body")
+            if body is None:
+                raise FrameInvalid.because("body", "none that is known", ", ".join(self._handlers))
+            self._handlers[body](peer, getattr(message, body))
+            if peer.outbox.qsize() > OUTBOX_LIMIT:
+                await peer.outbox.join()
+
+    def _open(self, peer: Peer, message: wire.Open) -> None:
+        handle = require_handle(message.session)
+        try:
+            if self._draining:
+                raise Draining("this replica takes no new sessions")
+            if handle in peer.sessions:
+                raise RequestInvalid.because("session", "a handle that is open", "a fresh one")
+            form = form_of(message)
+            self._engine.open((peer.number, handle), max_positions=message.max_positions, output=form)
+        except StipError as error:
+            self._end(peer, handle, error)
+            return
+        peer.admit(handle, message.request_id)
+        peer.send(wire.Down(opened=wire.Opened(session=handle)))
+        self._count()
+        with structlog.contextvars.bound_contextvars(request_id=message.request_id):
+            self._log.info("session opened", link=peer.number, sessions=self.sessions)
+
+    def _feed(self, peer: Peer, message: wire.Feed) -> None:
+        slices = slices_of(message, peer.number, self._card)
+        self._telemetry.counter(ROWS).inc(sum(piece.count for piece in slices))
+        self._engine.feed([piece for piece in slices if self._holds(peer, piece.session[1])])
+
+    def _recall(self, peer: Peer, message: wire.Recall) -> None:
+        handle = require_handle(message.session)
+        if self._holds(peer, handle):
+            self._engine.recall((peer.number, handle), message.position)
+
+    def _close(self, peer: Peer, message: wire.Close) -> None:
+        handle = require_handle(message.session)
+        if handle in peer.sessions:
+            self._end(peer, handle, None)
+
+    def _holds(self, peer: Peer, handle: bytes) -> bool:
+        """Whether the link has the session. One that it never had is refused, one that ended is passed over."""
+        if handle in peer.sessions:
+            return True
+        if not peer.had(handle):
+            self._end(peer, handle, SessionUnknown.because("session", "a handle of no session", "one of this link"))
+        return False
+
+    def _end(self, peer: Peer, handle: bytes, error: StipError | None) -> None:
+        """End a session (or refuse what would have been one): by the peer where there is no error."""
+        self._engine.close((peer.number, handle))
+        request_id = peer.drop(handle)
+        self._count()
+        code = "closed" if error is None else error.code
+        if error is not None:
+            self._telemetry.refused(code)
+            peer.send(closed(handle, error))
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            self._log.info("session ended", link=peer.number, code=code, sessions=self.sessions)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        outputs: dict[int, list[Output]] = {}
+        for event in events:
+            if isinstance(event, Stepped):
+                self._telemetry.stage("compute").observe(event.compute)
+                self._telemetry.histogram(STEP_SESSIONS).observe(event.sessions)
+                continue
+            peer = self._links.get(event.session[0])
+            if peer is None or event.session[1] not in peer.sessions:
+                continue
+            if isinstance(event, Ended):
+                self._end(peer, event.session[1], event.error)
+            else:
+                self._telemetry.stage("queue").observe(event.queue)
+                outputs.setdefault(peer.number, []).append(event)
+        for number, group in outputs.items():
+            for frame in fed_frames(group, self._card):
+                self._links[number].send(frame)
+
+    def _detach(self, peer: Peer) -> None:
+        """Free what a stream held. Idempotent."""
+        if self._links.pop(peer.number, None) is None:
+            return
+        for handle in list(peer.sessions):
+            self._engine.close((peer.number, handle))
+        peer.sessions.clear()
+        self._count()
+
+    def _count(self) -> None:
+        open_now = self.sessions
+        self._telemetry.gauge(SESSIONS).set(open_now)
+        self._telemetry.gauge(LINKS).set(len(self._links))
+        if self._draining and not open_now:
+            self._quiet.set()
+
+    def _admit(self, metadata: dict[str, str | bytes]) -> None:
+        instance, epoch = metadata.get(INSTANCE_KEY), metadata.get(EPOCH_KEY)
+        if not isinstance(instance, str) or not isinstance(epoch, str) or not epoch.isdecimal() or len(epoch) > 10:
+            raise FrameInvalid.because("metadata", "no instance and epoch", f"{INSTANCE_KEY} and {EPOCH_KEY}")
+        self._require_instance(instance, int(epoch))
+        if metadata.get(REPLICA_KEY, self._name) != self._name:
+            raise ReplicaLost.because(REPLICA_KEY, "another replica", self._name)
+        if self._draining:
+            raise Draining("this replica takes no new links")
+
+    def _require_instance(self, instance: str, epoch: int) -> None:
+        if instance != self._card.instance:
+            raise InstanceRefused.because("instance", "another instance", self._card.instance)
+        if epoch != self._card.epoch:
+            raise InstanceRefused.because("epoch", epoch, self._card.epoch)
