@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.keys import Key, Term
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.plan import Output, Plan, TensorHeader, plan
 

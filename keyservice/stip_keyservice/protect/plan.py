@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+
 from stip_keyservice.protect.architecture import Architecture, Linear, Norm, Port
 from stip_keyservice.protect.families import expand
 from stip_keyservice.protect.folding import (

@@ -38,7 +38,7 @@ PAPER = Preset(
     folds=False,
     head_on_server=True,
 )
-"""Permutations, as published (arXiv 2312.00025, §4.2), with its formulas for heads and SwiGLU mended; bit-exact."""
+"""Permutations, as published (arXiv 2312.00025, §5.1), with its formulas for heads and SwiGLU mended; bit-exact."""
 HARDENED = Preset(
     "hardened",
     (

@@ -7,7 +7,7 @@ seen as [out, in], that reads a space keyed by K_r and writes one keyed by K_w b
 
 so `out` takes K, and `in` takes K⁻ᵀ, because each row of W·K_r⁻¹ is K_r⁻ᵀ applied to a row of W (a
 covector). In code: `w' = reads.dual.apply(writes.apply(w).T).T`. An index (a vocabulary, a gate) takes the
-permutation part only. This is the column form of the paper's W' = π_rᵀ·W·π_w (arXiv 2312.00025, §4.2), which
+permutation part only. This is the column form of the paper's W' = π_rᵀ·W·π_w (arXiv 2312.00025, §5.1), which
 writes row vectors x·π; π = Kᵀ.
 
 The π_c of the paper is `vocabulary_key`: `logits' = π(logits)`, that is `logits'[i] = logits[π.index[i]]`: a

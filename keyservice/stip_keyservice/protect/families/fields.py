@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
 from stip_keyservice.protect.architecture import ELEMENTWISE
 from stip_protocol.documents import explain
 from stip_protocol.errors import CheckpointInvalid

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
+
 from stip_keyservice.protect.architecture import (
     After,
     Architecture,

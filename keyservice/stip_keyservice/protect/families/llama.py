@@ -2,8 +2,8 @@
 
 Pre-RMSNorm, rotary positions in half-split pairs, grouped queries, SwiGLU. Per layer: queries against keys
 (`query_key`), values into the output projection (`value_output`), and one feed-forward space that gate, up
-and down share: the gate takes its permutation part only (the paper leaves the gate unkeyed, §5.2, which is
-not lossless).
+and down share: the gate takes its permutation part only (the paper, §6.1, leaves its permutation off
+the gate, which is not lossless).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
+
 from stip_keyservice.protect.architecture import (
     After,
     Architecture,
