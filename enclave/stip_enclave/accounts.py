@@ -1,0 +1,99 @@
+"""Bundles and leases that were released, so that a user's next session needs no second release.
+
+Kept by the digest of the signed delegation: who presents the same delegation is, to the key service too, the same
+user with the same word. Nothing is kept on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from stip_enclave.config import Limits
+from stip_enclave.guards import Rate
+from stip_enclave.instances import Instance
+from stip_enclave.lease import LeaseAccount
+from stip_enclave.release import HeldLease, ReleaseClient
+from stip_protocol.documents import Signed
+from stip_protocol.errors import LeaseError, Overloaded
+from stip_protocol.release import Grant
+from stip_protocol.telemetry import LEASE_AGE, Telemetry
+
+
+class Accounts:
+    """The lease accounts of this enclave."""
+
+    def __init__(self, releases: ReleaseClient, limits: Limits, telemetry: Telemetry) -> None:
+        self._releases, self._limits = releases, limits
+        self._rate = Rate("releases", limits.releases_per_second)
+        self._accounts: dict[bytes, LeaseAccount] = {}
+        self._locks: dict[bytes, tuple[asyncio.Lock, int]] = {}
+        telemetry.gauge(LEASE_AGE).set_function(self._oldest)
+
+    async def get(self, delegation: bytes, instance: Instance) -> LeaseAccount:
+        """The account of a delegation (signed, checked by `EnclaveIdentity.delegation`), with its instance loaded.
+
+        Asks the key service where there is none that can go on. Raises what it refuses with.
+        """
+        digest = Signed.from_bytes(delegation).digest()
+        async with self._locked(digest):
+            account = self._accounts.get(digest)
+            if account is not None and account.ended is None:
+                try:
+                    await account.refresh()
+                    return account
+                except LeaseError:
+                    # A lease that ran out beyond renewal: the delegation may still get a new one.
+                    self._accounts.pop(digest, None)
+            self._make_room()
+            account = self._accounts[digest] = await self._release(delegation, instance)
+            return account
+
+    async def stop(self) -> None:
+        """Renew nothing more."""
+        await asyncio.gather(*(account.stop() for account in self._accounts.values()))
+
+    async def _release(self, delegation: bytes, instance: Instance) -> LeaseAccount:
+        self._rate.take()
+        manifest, digest = instance.manifest, instance.digest
+        rows = self._limits.lease_rows
+        bundle = await self._releases.bundle(delegation, manifest.instance, digest, manifest.epoch, rows)
+        if not instance.loaded:
+            if bundle.grant is not None:
+                grant = Grant.from_bytes(bundle.grant)
+            else:
+                grant = await self._releases.grant(delegation, manifest.instance, digest, manifest.epoch)
+            await instance.load(grant)
+        held: HeldLease = self._releases.held(bundle.lease, bundle.link_certificate, bundle)
+        return LeaseAccount(held, self._releases, heartbeat_tokens=bundle.heartbeat_tokens, chunk=rows)
+
+    def _make_room(self) -> None:
+        for digest, account in list(self._accounts.items()):
+            if not account.in_use and (account.ended is not None or account.expired):
+                del self._accounts[digest]
+        if len(self._accounts) >= self._limits.accounts:
+            idle = next((digest for digest, account in self._accounts.items() if not account.in_use), None)
+            if idle is None:
+                raise Overloaded.because("leases", len(self._accounts) + 1, f"at most {self._limits.accounts}")
+            del self._accounts[idle]
+
+    def _oldest(self) -> float:
+        now = time.monotonic()
+        return max((now - account.began for account in self._accounts.values() if account.in_use), default=0.0)
+
+    @asynccontextmanager
+    async def _locked(self, digest: bytes) -> AsyncIterator[None]:
+        """One release at a time for one delegation; the lock is forgotten with its last user."""
+        lock, users = self._locks.get(digest, (asyncio.Lock(), 0))
+        self._locks[digest] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks[digest]
+            if users == 1:
+                del self._locks[digest]
+            else:
+                self._locks[digest] = lock, users - 1

@@ -1,0 +1,39 @@
+"""`stip-enclave`: hardware evidence only. A simulated enclave is started by the development stack, never from here."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from stip_enclave.config import EnclaveSettings
+from stip_enclave.main import run
+from stip_protocol.attestation.gramine import GramineProvider
+from stip_protocol.errors import ConfigurationError, IntegrityError
+from stip_protocol.runtime.config import load
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Sessions over a model whose server sees neither prompt nor answer nor weights. Runs under Gramine, on SGX."""
+
+
+@main.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="enclave.toml; see docs/operate.md.",
+)
+def serve(config: Path) -> None:
+    """Serve until SIGTERM, then drain.
+
+    Prints one JSON line with the addresses once it listens. Exits 2 where the configuration cannot be used.
+    """
+    try:
+        settings = load(EnclaveSettings, config)
+        asyncio.run(run(settings, GramineProvider(settings.collateral)))
+    except (ConfigurationError, IntegrityError) as error:
+        click.echo(f"stip-enclave: {error} ({error.action})", err=True)
+        raise SystemExit(2) from None

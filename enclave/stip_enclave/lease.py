@@ -1,0 +1,216 @@
+"""One lease in use: how many rows it still admits, and how long since its user was last confirmed.
+
+Two bounds, both counted here and neither by a clock, which the host could set:
+
+- rows: `lease.tokens` is a cumulative mark; every row fed counts, prompts included;
+- revocation: after `heartbeat_tokens` outputs since the last heartbeat that was answered, nothing is fed until
+  another one is. Outputs count from when that heartbeat was *made*, and rows in flight count as outputs.
+
+Renewals run ahead in the background, at half of either bound, so that a session normally never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from stip_enclave.release import HeldLease
+from stip_protocol.errors import BudgetSpent, LeaseExpired, LeaseSpent, StipError, Unavailable
+from stip_protocol.release import NONCE_BYTES, Heartbeat
+from stip_protocol.runtime.logs import fault
+
+RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0)
+"""Pauses between attempts while the key service cannot be reached; then who waits fails, and the next asks anew."""
+TIME_SHARE = 0.5
+"""Share of a lease's life after which it is renewed, by the host's clock: a convenience, not a bound."""
+
+
+class Renewing(Protocol):
+    """Where renewals come from (`ReleaseClient`)."""
+
+    async def renew(self, held: HeldLease, heartbeat: Heartbeat) -> HeldLease:
+        """A lease with the same handle and a later serial."""
+
+
+class Holder(Protocol):
+    """A session that runs under a lease."""
+
+    def lease_renewed(self, signed: bytes) -> None:
+        """Hand the renewed lease to the gateway, before more rows."""
+
+    def failed(self, error: StipError) -> None:
+        """The lease admits nothing more."""
+
+
+class LeaseAccount:
+    """A lease shared by the sessions of one delegation."""
+
+    def __init__(
+        self,
+        held: HeldLease,
+        renewing: Renewing,
+        *,
+        heartbeat_tokens: int,
+        chunk: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`chunk`: rows asked for at a time; `clock`: unix seconds, of the host."""
+        self.held = held
+        self.ended: StipError | None = None
+        """Why no session may run under this lease any more."""
+        self.began = time.monotonic()
+        self._renewing, self._chunk, self._clock = renewing, chunk, clock
+        self._heartbeat_tokens = max(1, heartbeat_tokens)
+        self._fed = 0
+        self._outputs = 0
+        self._confirmed = 0
+        self._wanted = 0
+        self._grows = True
+        self._life = self._left_seconds()
+        self._pending: tuple[Heartbeat, int] | None = None
+        self._holders: set[Holder] = set()
+        self._waiting: dict[Holder, Callable[[], None]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"LeaseAccount(fed={self._fed}, tokens={self.held.lease.tokens})"
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self._holders)
+
+    @property
+    def expired(self) -> bool:
+        """By the host's clock: good for forgetting leases and for asking early, not for trusting them."""
+        return self._left_seconds() <= 0
+
+    def join(self, holder: Holder) -> None:
+        """A session starts under this lease. Raises what ended it."""
+        if self.ended is not None:
+            raise self.ended
+        self._holders.add(holder)
+
+    def leave(self, holder: Holder) -> None:
+        """The session has ended. Idempotent."""
+        self._holders.discard(holder)
+        self._waiting.pop(holder, None)
+
+    def take(self, rows: int, holder: Holder, resume: Callable[[], None]) -> int:
+        """Count rows that are fed now, at most `rows`, the last of which gives an output; where fewer are allowed,
+        `resume` is called when more may be taken, or the holder gets `failed`.
+        """
+        if self.ended is not None:
+            return 0
+        admitted = self._outputs - self._confirmed < self._heartbeat_tokens and not self.expired
+        taken = min(rows, self.held.lease.tokens - self._fed) if admitted else 0
+        self._fed += taken
+        if taken == rows:
+            self._outputs += 1
+        else:
+            self._waiting[holder] = resume
+            self._wanted = max(self._wanted, rows - taken)
+        if taken < rows or self._due():
+            self._start()
+        return taken
+
+    async def refresh(self) -> None:
+        """Renew, where the lease is about to end; wait for it, where the gateway would not admit a session under
+        the present one. Raises what ended the lease.
+        """
+        if self._due() or self.expired:
+            self._start()
+        if self.expired and self._task is not None:
+            await asyncio.shield(self._task)
+        if self.ended is not None:
+            raise self.ended
+
+    async def stop(self) -> None:
+        """Renew no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _left_seconds(self) -> float:
+        return self.held.lease.expires - self._clock()
+
+    def _due(self) -> bool:
+        rows_left = self.held.lease.tokens - self._fed
+        return (
+            2 * (self._outputs - self._confirmed) >= self._heartbeat_tokens
+            or (self._grows and 2 * rows_left <= min(self._chunk, self.held.lease.tokens))
+            or self._left_seconds() < TIME_SHARE * self._life
+        )
+
+    def _start(self) -> None:
+        if self._task is None and self.ended is None:
+            self._task = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        """One renewal, and then everybody who waited goes on or fails."""
+        try:
+            error = await self._attempt()
+        except Exception as defect:  # noqa: BLE001 - a defect of ours must end the sessions, not leave them waiting
+            structlog.get_logger().error("renewal failed", fault=fault(defect))
+            error = StipError("internal error; see the log of the enclave")
+        self._task = None
+        if error is None:
+            waiting, self._waiting = self._waiting, {}
+            for resume in waiting.values():
+                resume()
+            return
+        structlog.get_logger().warning("lease not renewed", code=error.code)
+        # Without an answer, or without budget, those that need more rows fail and rows admitted already may be
+        # used; any other refusal ends all sessions.
+        only_waiting = isinstance(error, Unavailable | BudgetSpent | LeaseSpent)
+        failing = list(self._waiting) if only_waiting else list(self._holders)
+        if only_waiting:
+            self._grows = False
+        else:
+            self.ended = error
+        for holder in failing:
+            self._waiting.pop(holder, None)
+            holder.failed(error)
+
+    async def _attempt(self) -> StipError | None:
+        for pause in (*RETRY_SECONDS, None):
+            if self._pending is None:
+                self._pending = self._heartbeat(), self._outputs
+            heartbeat, outputs = self._pending
+            try:
+                held = await self._renewing.renew(self.held, heartbeat)
+            except Unavailable as error:
+                if pause is None:
+                    return error
+                await asyncio.sleep(pause)
+            except StipError as error:
+                self._pending = None
+                return error
+            else:
+                self._pending = None
+                return self._renewed(held, outputs)
+        return None
+
+    def _heartbeat(self) -> Heartbeat:
+        lease = self.held.lease
+        return Heartbeat(
+            handle=lease.handle,
+            serial=lease.serial,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+            fed=self._fed,
+            wanted=max(self._chunk, self._wanted),
+        )
+
+    def _renewed(self, held: HeldLease, outputs: int) -> StipError | None:
+        self._grows = held.lease.tokens > self.held.lease.tokens
+        self.held = held
+        self._confirmed, self._wanted, self._life = outputs, 0, self._left_seconds()
+        if self.expired:
+            return LeaseExpired.because("renewed lease expires", held.lease.expires, "a time to come")
+        for holder in list(self._holders):
+            holder.lease_renewed(held.signed)
+        return None

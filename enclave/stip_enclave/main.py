@@ -1,0 +1,105 @@
+"""Builds an enclave from its settings and runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import grpc.aio
+import structlog
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from stip_enclave.accounts import Accounts
+from stip_enclave.config import EnclaveSettings
+from stip_enclave.guards import harden_process
+from stip_enclave.identity import EnclaveIdentity
+from stip_enclave.instances import Instances
+from stip_enclave.release import ReleaseClient
+from stip_enclave.service import EnclaveService
+from stip_protocol import rpc
+from stip_protocol.attestation.evidence import EvidenceProvider
+from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime import logs
+from stip_protocol.runtime.serving import serve
+from stip_protocol.telemetry import Telemetry
+from stip_protocol.wire import enclave_pb2_grpc
+
+
+async def run(settings: EnclaveSettings, provider: EvidenceProvider) -> None:
+    """Serve until SIGTERM, with evidence from `provider`.
+
+    Raises `ConfigurationError` where a file cannot be used or `settings.simulated` and the provider disagree, and
+    `IntegrityError` subclasses for a manifest that is not the developer's.
+    """
+    if settings.simulated != provider.simulated:
+        raise ConfigurationError.because("simulated", settings.simulated, f"{provider.simulated}, as the evidence is")
+    logs.configure("enclave", simulated=provider.simulated, level=settings.serving.log_level)
+    harden_process()
+    if provider.simulated:
+        structlog.get_logger().warning("simulated evidence: nothing is protected")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    telemetry = Telemetry("enclave", simulated=provider.simulated)
+    identity = await asyncio.to_thread(
+        EnclaveIdentity.create,
+        provider,
+        dns_name=settings.dns_name,
+        lifetime=int(settings.certificate_hours * 3600),
+        now=int(time.time()),
+    )
+    gateway, keyservice, limits = settings.gateway, settings.keyservice, settings.limits
+    gateway_roots = _read(gateway.ca)
+
+    def connect(link_certificate: bytes) -> grpc.aio.Channel:
+        return rpc.channel(
+            gateway.address,
+            roots=gateway_roots,
+            identity=identity.link_credentials(link_certificate),
+            server_name=gateway.server_name,
+        )
+
+    developer = _ed25519(settings.developer_key)
+    instances = Instances(settings.instances, developer, connect, limits, telemetry)
+    channel = rpc.channel(keyservice.address, roots=_read(keyservice.ca), server_name=keyservice.server_name)
+    releases = ReleaseClient(
+        channel,
+        _ed25519(keyservice.service_key),
+        provider,
+        identity,
+        telemetry,
+        audience=gateway.audience,
+        timeout=limits.key_service_seconds,
+    )
+    accounts = Accounts(releases, limits, telemetry)
+    service = EnclaveService(identity, provider, instances, accounts, limits, telemetry)
+    credentials = rpc.server_credentials(identity.tls.certificate_pem, identity.tls.private_key_pem, client_ca=None)
+
+    def register(server: grpc.aio.Server) -> None:
+        enclave_pb2_grpc.add_EnclaveServicer_to_server(service, server)
+
+    try:
+        await serve(settings.serving, telemetry, credentials, register, service.drain)
+    finally:
+        await accounts.stop()
+        await instances.stop()
+        await channel.close()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+
+
+def _ed25519(path: Path) -> Ed25519PublicKey:
+    try:
+        key = load_pem_public_key(_read(path))
+    except ValueError:
+        raise ConfigurationError(f"{path}: not a PEM public key") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigurationError.because(str(path), type(key).__name__, "an Ed25519 public key")
+    return key
