@@ -1,0 +1,150 @@
+"""What every part does the same way: configuration, logs, metrics, errors over gRPC, draining."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from stip_protocol import telemetry
+from stip_protocol.errors import ConfigurationError, TensorInvalid
+from stip_protocol.runtime.config import ConfigPath, Serving, Settings, load
+from stip_protocol.runtime.metrics import MetricsServer
+from stip_protocol.telemetry import Metric, Telemetry
+from stip_protocol.tensor import FRAME_LIMIT, require_rows, row_bytes, rows_per_frame
+
+
+class Example(Settings):
+    serving: Serving = Serving()
+    where: ConfigPath
+    count: int = 1
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('where = "x"\nunknown = 1', "unknown"),
+        ('where = "x"\ncount = "many"', "count"),
+        ("count = 1", "where"),
+        ('where = "x"\n[serving]\nlisten = "nowhere"', "serving.listen"),
+        ("not toml", "TOML"),
+    ],
+)
+def test_a_wrong_configuration_names_the_file_and_the_field(tmp_path: Path, text: str, named: str) -> None:
+    path = tmp_path / "part.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=named) as caught:
+        load(Example, path)
+    assert str(path) in str(caught.value)
+
+
+def test_relative_paths_are_relative_to_their_file(tmp_path: Path) -> None:
+    (tmp_path / "part.toml").write_text('where = "keys/a.pem"')
+    assert load(Example, tmp_path / "part.toml").where == tmp_path / "keys/a.pem"
+    with pytest.raises(ConfigurationError, match="No such file"):
+        load(Example, tmp_path / "missing.toml")
+
+
+LOGGING = """
+import asyncio, logging, structlog
+from stip_protocol.errors import LeaseSpent
+from stip_protocol.runtime import logs
+logs.configure("enclave", simulated=True)
+log = structlog.get_logger()
+structlog.contextvars.bind_contextvars(request_id="ab")
+log.info("opened", sessions=1)
+try:
+    raise ValueError("the prompt is SENTINEL")
+except ValueError as error:
+    log.error("failed", fault=logs.fault(error))
+    log.error("failed with its exception", exc_info=True)
+    logging.getLogger("asyncio").error("Task exception SENTINEL", exc_info=True)
+log.warning("refused", fault=logs.fault(LeaseSpent("lease tokens: got 2, allowed: at most 1")))
+async def main():
+    raise RuntimeError("SENTINEL in a task")
+asyncio.run(main())
+"""
+
+
+def test_logs_say_where_something_failed_and_never_with_which_value() -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOGGING)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SENTINEL" not in done.stderr + done.stdout
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(line["part"] == "enclave" and line["simulated"] is True for line in lines)
+    assert lines[0]["event"] == "opened"
+    assert lines[0]["request_id"] == "ab"
+    assert [line["fault"].split(" at <")[0] for line in lines if "fault" in line] == [
+        "ValueError",
+        "ValueError",
+        "ValueError",
+        "lease tokens: got 2, allowed: at most 1 [lease_spent]",
+        "RuntimeError",
+    ]
+
+
+def fetch(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_scrapes_within_the_snapshot_time_see_the_same_numbers() -> None:
+    registry = CollectorRegistry()
+    counter = Counter("stip_test_total", "test", registry=registry)
+    healthy = [True]
+    slow = MetricsServer("127.0.0.1", 0, registry, lambda: healthy[0], snapshot_seconds=3600)
+    quick = MetricsServer("127.0.0.1", 0, registry, lambda: healthy[0], snapshot_seconds=0)
+    try:
+        before = fetch(slow.address, "/metrics")
+        counter.inc()
+        assert fetch(slow.address, "/metrics") == before
+        assert "stip_test_total 1.0" in fetch(quick.address, "/metrics")[1]
+        assert fetch(quick.address, "/healthz")[0] == 200
+        healthy[0] = False
+        assert fetch(quick.address, "/healthz")[0] == 503
+        assert fetch(quick.address, "/other")[0] == 404
+    finally:
+        slow.stop()
+        quick.stop()
+
+
+def declared() -> list[Metric]:
+    return [value for value in vars(telemetry).values() if isinstance(value, Metric)]
+
+
+def test_every_metric_follows_the_conventions_and_has_no_label_for_a_person() -> None:
+    for metric in declared():
+        assert metric.name.startswith("stip_")
+        assert set(metric.labels) <= {"stage", "code", "kind", "direction"}
+    for stage, (part, _) in telemetry.STAGES.items():
+        made = Telemetry(part, simulated=False)
+        made.stage(stage).observe(0.001)
+    with pytest.raises(KeyError):
+        Telemetry("gateway", simulated=False).stage("head")
+
+
+def test_simulation_is_a_metric_of_every_serving_part() -> None:
+    for part in telemetry.SERVING:
+        for simulated in (True, False):
+            value = Telemetry(part, simulated=simulated).registry.get_sample_value("stip_simulation")
+            assert value == int(simulated)
+
+
+def test_rows_are_measured_before_they_are_looked_at() -> None:
+    require_rows(bytes(2 * 4 * 8), 2, "float32", 8, what="rows")
+    with pytest.raises(TensorInvalid, match="rows"):
+        require_rows(bytes(63), 2, "float32", 8, what="rows")
+    with pytest.raises(TensorInvalid, match="dtype"):
+        row_bytes("complex64", 8)
+    assert rows_per_frame("bfloat16", 4096) * row_bytes("bfloat16", 4096) <= FRAME_LIMIT
+    assert rows_per_frame("float64", FRAME_LIMIT) == 1
