@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +142,13 @@ class Workspace:
 
     def enclave(self, *, keyservice: str, gateway: str, published: list[Published]) -> Path:
         """`enclave.toml`, given the addresses of key service and gateway."""
+        collateral = self._write_bytes("collateral.json", self.platform.collateral(int(time.time())))
         return self.write(
             "enclave.toml",
             {
                 "serving": self._serving(),
                 "dns_name": ENCLAVE_NAME,
+                "collateral": str(collateral),
                 "developer_key": str(self.home.path / "developer.pub"),
                 "instances": [{"directory": str(each.folder)} for each in published],
                 "keyservice": {
