@@ -78,7 +78,8 @@ class ChatTemplate:
     def _reason(self, error: Exception) -> str:
         """What may be told of a refusal: a sentence that stands in the template, never one made of messages."""
         text = error.message if isinstance(error, jinja2.TemplateError) else None
-        return f": {text}" if text and text in self._source else f" ({type(error).__name__})"
+        literal = bool(text) and any(f"{quote}{text}{quote}" in self._source for quote in "'\"")
+        return f": {text}" if literal else f" ({type(error).__name__})"
 
 
 class _Generation(jinja2.ext.Extension):

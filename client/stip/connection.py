@@ -67,10 +67,10 @@ async def averify(profile: Profile | Path | str, *, timeout: float = CONNECT_SEC
     except (AttestationError, IntegrityError):
         if connection.examined is None:
             raise
-        return connection.examined
     finally:
         await connection.close()
-    return connection.verification
+    assert connection.examined is not None
+    return connection.examined
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class AsyncConnection:
     """A connection to one verified enclave. Made by `aconnect`; an async context manager."""
 
     def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+        self._profile = profile
         self.examined: Verification | None = None
         """The document of the latest verification, whatever it came to."""
         self._trust: Trust = profile.trust()
@@ -99,6 +99,10 @@ class AsyncConnection:
         self._enclave: _Enclave | None = None
         self._sessions: weakref.WeakSet[AsyncSession] = weakref.WeakSet()
         self._verifying = asyncio.Lock()
+
+    @property
+    def profile(self) -> Profile:
+        return self._profile
 
     @property
     def verification(self) -> Verification:
@@ -195,10 +199,9 @@ class AsyncConnection:
     async def _verify(self, deadline: float) -> None:
         async with self._verifying:
             held, self._enclave = self._enclave, None
-            now = int(time.time())
-            examination = Examination(self.profile, self._trust, now=now)
+            examination = Examination(self.profile, self._trust, clock=time.time)
             try:
-                self._enclave = await self._examine(examination, held, now, deadline)
+                self._enclave = await self._examine(examination, held, deadline)
             except (AttestationError, IntegrityError) as refusal:
                 self.examined = examination.finish(refusal)
                 raise
@@ -208,7 +211,7 @@ class AsyncConnection:
                 raise
             self.examined = self._enclave.verification
 
-    async def _examine(self, examination: Examination, held: _Enclave | None, now: int, deadline: float) -> _Enclave:
+    async def _examine(self, examination: Examination, held: _Enclave | None, deadline: float) -> _Enclave:
         profile = self.profile
         self._tokenizer = examination.manifest(self._developer)
         der = await fetch_certificate(profile.enclave, profile.server_name, timeout=_left(deadline))
@@ -230,7 +233,7 @@ class AsyncConnection:
             measurement=verification.measurement or b"",
             instance=profile.instance,
             nonce=new_nonce(),
-            expires=now + profile.delegation_seconds,
+            expires=verification.at + profile.delegation_seconds,
         )
         return _Enclave(
             channel=channel,

@@ -91,13 +91,15 @@ def load(path: Path) -> UserKey:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigurationError(f"user key {path}: {error.strerror}; make one with `stip keys create`") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise ConfigurationError.because(f"user key {path}", "another kind or owner", "a file of your own")
         if others := status.st_mode & 0o077:
             raise ConfigurationError.because(f"user key {path}: mode", f"0{others:03o} for others", "0600 (chmod 600)")
-        data = file.read(KEY_LIMIT)
+        data = os.read(descriptor, KEY_LIMIT)
+    finally:
+        os.close(descriptor)
     try:
         private = load_pem_private_key(data, password=None)
     except (ValueError, TypeError):

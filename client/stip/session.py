@@ -67,8 +67,12 @@ class AsyncSession:
         self._tokenizer = tokenizer
         self._transcript: str | None = ""
         self._turn: Turn | None = None
-        self.last: Completion | None = None
+        self._last: Completion | None = None
+
+    @property
+    def last(self) -> Completion | None:
         """How the last turn went; None while one runs and before the first."""
+        return self._last
 
     @property
     def request_id(self) -> str:
@@ -158,7 +162,7 @@ class AsyncSession:
     async def _run(self, request: _Request) -> AsyncGenerator[Chunk, None]:
         started = time.monotonic()
         await self._stream.settle(timeout=SETTLE_SECONDS)
-        self.last, self._transcript = None, None
+        self._last, self._transcript = None, None
         if request.afresh and self._stream.position > 0:
             await self._stream.close()
             self._stream = await self._reopen()
@@ -183,7 +187,7 @@ class AsyncSession:
             # Also where the consumer stopped early or was cancelled: the enclave must not go on for nobody.
             await stream.cancel(turn)
             if self._turn is turn and stream.failure is None:
-                self.last = Completion(
+                self._last = Completion(
                     turn.finish or FinishReason.CANCELLED,
                     len(request.ids),
                     count,

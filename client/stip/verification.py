@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -132,10 +132,10 @@ class _Note:
 class Examination:
     """One verification under way. Each method records its steps and raises the refusal of the first that fails."""
 
-    def __init__(self, profile: Profile, trust: Trust, *, now: int) -> None:
+    def __init__(self, profile: Profile, trust: Trust, *, clock: Callable[[], float]) -> None:
         self._profile = profile
         self._trust = trust
-        self._now = now
+        self._clock = clock
         self._steps: list[Step] = []
         self._certificate: ratls.RaTls | None = None
         self._verified: Verified | None = None
@@ -161,7 +161,7 @@ class Examination:
         ) as note:
             if pinned is not None and not hmac.compare_digest(der, pinned):
                 raise ChannelChanged("enclave: presents another certificate than the verified one; connect again")
-            found = self._certificate = ratls.read(der, now=self._now)
+            found = self._certificate = ratls.read(der, now=self._now())
             _require_name(der, name)
             note.got = f"key SHA-256 {found.spki_sha256.hex()}"
         return found
@@ -199,7 +199,7 @@ class Examination:
             enclave=self._profile.enclave,
             instance=self._profile.instance,
             mode=self._profile.mode,
-            at=self._now,
+            at=self._now(),
             steps=steps,
             refusal=refusal,
             measurement=found.measurement if found else None,
@@ -209,6 +209,9 @@ class Examination:
             simulated=found.simulated if found else None,
             collateral_expires=found.collateral_expires if found else None,
         )
+
+    def _now(self) -> int:
+        return int(self._clock())
 
     @contextmanager
     def _step(self, name: str, expected: str, remedy: str) -> Iterator[_Note]:
@@ -222,15 +225,15 @@ class Examination:
         self._steps.append(Step(name, Status.PASSED, expected, note.got))
 
     def _judge(self, prefix: str, quote: bytes, collateral: bytes, report_data: bytes) -> Verified:
-        policy, root = self._trust.policy, self._trust.simulated_root
+        policy, root, now = self._trust.policy, self._trust.simulated_root, self._now()
         try:
             evidence = Evidence(quote, collateral)
         except AttestationError as error:
             self._steps.append(Step(prefix + CHECKS[0].name, Status.FAILED, "", error.message, CHECKS[0].remedy))
             raise
-        for step in examine(evidence, policy, report_data=report_data, now=self._now, root_der=root):
+        for step in examine(evidence, policy, report_data=report_data, now=now, root_der=root):
             self._steps.append(replace(step, name=prefix + step.name))
-        return verify(evidence, policy, report_data=report_data, now=self._now, root_der=root)
+        return verify(evidence, policy, report_data=report_data, now=now, root_der=root)
 
 
 def _require_name(der: bytes, server_name: str) -> None:
