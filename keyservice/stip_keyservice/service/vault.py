@@ -27,7 +27,7 @@ def unlock(locked: bytes, storage_key: bytes, *, instance: str, epoch: int) -> G
     """The grant. Raises `IntegrityError` where the row or the key is another one's."""
     try:
         plain = AESGCM(storage_key).decrypt(locked[:_NONCE], locked[_NONCE:], _associated(instance, epoch))
-    except InvalidTag:
+    except (InvalidTag, ValueError):  # ValueError: too short to hold a nonce
         raise IntegrityError("stored grant: altered, moved, or under another storage key") from None
     return Grant.from_bytes(plain)
 
