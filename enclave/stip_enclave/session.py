@@ -197,7 +197,6 @@ class Session:
         if token in turn.stop_ids:
             self._finish(Kind.STOPPED)
             return
-        position = self._length
         turn.step += 1
         self._length += 1
         self._pending = np.array([token], np.uint32)
@@ -212,7 +211,7 @@ class Session:
             self._wait("a client that reads")
         else:
             self._advance()
-        self.frames.put_nowait(_step(Kind.TOKEN, token, position))
+        self.frames.put_nowait(_step(Kind.TOKEN, token, self._length))
         if end is not None:
             self._finish(end)
 
