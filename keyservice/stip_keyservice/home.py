@@ -38,6 +38,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+
 from stip_keyservice.certificates import Authority, TlsIdentity, issue_server_certificate, make_authority, usable
 from stip_protocol.errors import ConfigurationError
 

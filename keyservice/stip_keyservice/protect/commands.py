@@ -243,7 +243,14 @@ def _show(result: Protected) -> None:
     if native := certificate.native:
         error = f"{native.protected_rms:.1e}, the source's own {native.plain_rms:.1e}"
         rows.append((f"In {certificate.stored_dtype}", f"error {error}"))
-    table = Table(title="Protected and certified", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(
+        title="Protected and certified",
+        title_justify="left",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
