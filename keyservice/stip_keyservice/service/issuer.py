@@ -83,12 +83,14 @@ class Issuer:
 
         Raises what `release` and `nonces` raise, and `BudgetSpent`. The claims' nonce is spent in any case.
         """
-        claims = release.read_claims(request.claims, service=self._service)
+        claims = release.read_claims(request.claims)
         trail = Trail("release", self._now(), {"kind": claims.kind, "instance": claims.instance})
         with self._audit.refusals(trail):
             nonces.consume(self._store, claims.nonce, now=trail.now)
             with self._telemetry.stage("verify").time():
-                applicant = release.examine(request, claims, self._policy, root_der=self._root_der, now=trail.now)
+                applicant = release.examine(
+                    request, claims, self._policy, service=self._service, root_der=self._root_der, now=trail.now
+                )
                 trail.subject["measurement"] = applicant.measurement
             issued = self._issue(applicant, trail)
         with self._telemetry.stage("seal").time():

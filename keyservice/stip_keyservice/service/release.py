@@ -3,9 +3,9 @@
 Nothing here reads a file, a database or a clock; every rule of the release protocol (`stip_protocol.release`)
 that the key service must hold is in this module, in the order it is tried:
 
-1. `read_claims`: the claims parse and are made out to this service.
+1. `read_claims`: the claims parse.
 2. (the caller takes the nonce out, for good)
-3. `examine`: the evidence is accepted and binds the claims; the delegation is signed by the key it names, not
+3. `examine`: the claims are made out to this service; the evidence is accepted and binds the claims; the delegation is signed by the key it names, not
    expired, and names this enclave key, measurement and instance.
 4. `require_entitled`: that key is a present user's, who may use the instance, which serves this kind.
 """
@@ -63,22 +63,23 @@ class Applicant:
     simulated: bool
 
 
-def read_claims(data: bytes, *, service: bytes) -> Claims:
-    """The claims, not believed yet. Raises `FrameInvalid`, `VersionUnsupported`, `ReleaseError`."""
+def read_claims(data: bytes) -> Claims:
+    """The claims, not believed yet. Raises `FrameInvalid`, `VersionUnsupported`."""
     if len(data) > CLAIMS_LIMIT:
         raise FrameInvalid.because("claims", f"{len(data)} bytes", f"at most {CLAIMS_LIMIT}")
-    claims = Claims.from_bytes(data)
+    return Claims.from_bytes(data)
+
+
+def examine(
+    request: Request, claims: Claims, policy: Policy, *, service: bytes, root_der: bytes | None, now: int
+) -> Applicant:
+    """Verify evidence and delegation. `service` is our own id.
+
+    Raises `ReleaseError` (claims for another key service), the attestation errors of `verifier.verify`,
+    `DelegationRefused`, `RequestInvalid` (a key in the claims that cannot be used).
+    """
     if not hmac.compare_digest(claims.service, service):
         raise ReleaseError.because("claims service", claims.service.hex(), service.hex())
-    return claims
-
-
-def examine(request: Request, claims: Claims, policy: Policy, *, root_der: bytes | None, now: int) -> Applicant:
-    """Verify evidence and delegation.
-
-    Raises the attestation errors of `verifier.verify`, `DelegationRefused`, `RequestInvalid` (a key in the
-    claims that cannot be used).
-    """
     verified = verifier.verify(
         Evidence(request.quote, request.collateral),
         policy.evidence,
