@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+transformers.utils.logging.disable_progress_bar()
 
 
 class Picks(Protocol):
@@ -68,16 +71,15 @@ def without_keys(server_part: Path, plain: PlainModel, ids: list[int], *, max_to
     head too. This shows that the server part is of no use as it stands. It is no measure of security: what an
     attacker does with more effort is in docs/security.md.
     """
-    stolen: Any = AutoModelForCausalLM.from_pretrained(server_part, dtype="auto", local_files_only=True)
+    architecture = AutoConfig.from_pretrained(server_part, local_files_only=True).architectures[0]
+    stolen: Any = getattr(transformers, architecture).from_pretrained(server_part, dtype="auto", local_files_only=True)
     stolen.train(False)
     base = stolen.base_model
-    own_head = stolen.get_output_embeddings()
-    head = own_head if own_head is not None and own_head.out_features == plain.vocabulary else None
+    head = stolen.get_output_embeddings() or plain.model.get_output_embeddings()
     embed = plain.model.get_input_embeddings()
     out: list[int] = []
     while len(out) < max_tokens:
         rows = embed(torch.tensor([ids + out]))
         hidden = base(inputs_embeds=rows).last_hidden_state[:, -1]
-        logits = head(hidden) if head is not None else plain.model.get_output_embeddings()(hidden)
-        out.append(int(logits[0].argmax()))
+        out.append(int(head(hidden)[0].argmax()))
     return out

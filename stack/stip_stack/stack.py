@@ -41,14 +41,20 @@ class Stack:
     ) -> None:
         self.stop()
 
-    def protect(self, model: Path, preset: str, *arguments: str, name: str | None = None) -> Published:
-        """Protect a checkpoint with the real command; returns the instance."""
+    def protection(self, model: Path, preset: str, *arguments: str, name: str | None = None) -> tuple[list[str], Path]:
+        """(command, instance folder) that protects a checkpoint with this stack's keys."""
         folder = self.workspace.path / "instances" / (name or preset)
         folder.parent.mkdir(exist_ok=True)
-        run([
+        command = [
             str(BIN / "stip-keyservice"), "protect", str(model), "--preset", preset, "--out", str(folder),
-            "--home", str(self.workspace.home.path), "--quiet", *arguments,
-        ])  # fmt: skip
+            "--home", str(self.workspace.home.path), *arguments,
+        ]  # fmt: skip
+        return command, folder
+
+    def protect(self, model: Path, preset: str, *arguments: str, name: str | None = None) -> Published:
+        """Protect a checkpoint with the real command; returns the instance."""
+        command, folder = self.protection(model, preset, *arguments, name=name)
+        run([*command, "--quiet"])
         return self.workspace.published(folder)
 
     def start(

@@ -46,7 +46,7 @@ class Workspace:
     """Keys and certificates for one stack, made once; configuration files written as addresses become known."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.absolute()
         self.logs = path / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.home = Home.open(path / "home")
