@@ -282,10 +282,13 @@ def refusal(*arguments: str | Path) -> str:
 
 def test_the_command_refuses_bad_input_in_one_line(checkpoint_of: Checkpoints, tmp_path: Path) -> None:
     home = ("--home", tmp_path / "home")
-    error = refusal(tmp_path / "nowhere", "--out", tmp_path / "out", *home)
+    arguments = (tmp_path / "nowhere", "--out", tmp_path / "out", *home)
+    error = refusal(*arguments)
     assert error.count("\n") == 1
     assert "no such folder" in error
     assert "[checkpoint_invalid] — fix configuration" in error
+    reported = json.loads(command(*arguments, "--json").stdout)["error"]
+    assert (reported["code"], reported["action"]) == ("checkpoint_invalid", "fix_configuration")
     assert not (tmp_path / "out").exists()
 
 

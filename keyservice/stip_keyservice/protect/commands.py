@@ -90,7 +90,9 @@ Exit codes:
     show_default=True,
     help="Random sequences that the equivalence certificate compares.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables: the result, or the error."
+)
 @click.option("--quiet", is_flag=True, help="No progress and no tables; errors still go to stderr.")
 def protect(
     model: Path,
@@ -130,7 +132,7 @@ def protect(
                 progress=progress,
             )
     except StipError as error:
-        _fail(error)
+        _fail(error, as_json)
     if as_json:
         click.echo(json.dumps(_report(result)))
     elif not quiet:
@@ -258,8 +260,10 @@ def _show(result: Protected) -> None:
     Console().print(table)
 
 
-def _fail(error: StipError) -> NoReturn:
+def _fail(error: StipError, as_json: bool) -> NoReturn:
     """One line: what is wrong, the stable code, what to do."""
+    if as_json:
+        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "action": error.action}}))
     click.echo(f"error: {error} — {error.action.replace('_', ' ')}", err=True)
     codes = {ConfigurationError: EXIT_INPUT, IntegrityError: EXIT_NOT_EQUIVALENT}
     sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
