@@ -13,7 +13,7 @@ from stip.chat import Message
 from stip.sampling import Sampling, require_ids
 from stip.stream import FinishReason, Stream, Turn
 from stip.tokenizer import Tokenizer
-from stip_protocol.errors import ConfigurationError, DeadlineExceeded, PositionRefused
+from stip_protocol.errors import Cancelled, ConfigurationError, DeadlineExceeded, PositionRefused
 
 TURN_SECONDS = 600.0
 """Default time for a whole turn."""
@@ -68,6 +68,7 @@ class AsyncSession:
         self._transcript: str | None = ""
         self._turn: Turn | None = None
         self._last: Completion | None = None
+        self._closed = False
 
     @property
     def last(self) -> Completion | None:
@@ -130,8 +131,9 @@ class AsyncSession:
     ) -> AsyncGenerator[Chunk, None]:
         """Answer a whole conversation, rendered by the instance's chat template on this machine.
 
-        Where the conversation begins with what this session already holds, only the rest is sent; otherwise
-        the session starts afresh. Raises as `generate`, and `ConfigurationError` where there is no template.
+        Where the conversation begins with what this session already holds, only the rest is sent; otherwise,
+        and after a turn that failed, the session starts afresh. Raises as `generate`, and `ConfigurationError`
+        where there is no template.
         """
         if self._tokenizer.template is None:
             raise ConfigurationError("chat template: this instance's tokenizer has none; use generate")
@@ -149,6 +151,7 @@ class AsyncSession:
 
     async def close(self) -> None:
         """End the session; idempotent."""
+        self._closed = True
         await self._stream.close()
 
     async def __aenter__(self) -> Self:
@@ -163,7 +166,9 @@ class AsyncSession:
         started = time.monotonic()
         await self._stream.settle(timeout=SETTLE_SECONDS)
         self._last, self._transcript = None, None
-        if request.afresh and self._stream.position > 0:
+        if self._closed:
+            raise Cancelled("session: closed")
+        if request.afresh and (self._stream.position > 0 or self._stream.failure is not None):
             await self._stream.close()
             self._stream = await self._reopen()
         stream = self._stream

@@ -237,6 +237,22 @@ async def test_a_turn_is_never_sent_twice(enclave: Any, profile: Any):
     assert len(enclave.turns) == 1
 
 
+async def test_after_a_failed_turn_a_conversation_goes_on_in_a_new_session_where_the_caller_asks(
+    enclave: Any, profile: Any
+):
+    enclave.turn_fails = ("replica_lost", "gone")
+    async with await stip.aconnect(profile) as connection, await connection.session() as session:
+        messages = [{"role": "user", "content": "Let there be light."}]
+        with pytest.raises(stip.Unavailable):
+            await said(session.chat(messages))
+        enclave.turn_fails = None
+        assert await said(session.chat(messages)) == TEXT
+        await session.close()
+        with pytest.raises(Cancelled):
+            await said(session.chat(messages))
+    assert len(enclave.opens) == 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "options"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -77,7 +77,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_pieces_of_any_text_are_the_whole(kind: str, text: str):
     tokenizer = KINDS[kind]
     ids = tokenizer.encode(text, special=True)
@@ -86,7 +86,7 @@ def test_pieces_of_any_text_are_the_whole(kind: str, text: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_pieces_of_any_ids_are_the_whole_broken_characters_special_and_unknown_ids_included(kind: str, data: Any):
     tokenizer = KINDS[kind]
     size = tokenizer._backend.get_vocab_size()
@@ -95,7 +95,7 @@ def test_pieces_of_any_ids_are_the_whole_broken_characters_special_and_unknown_i
 
 
 @given(text=st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), min_size=1, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_piece_holds_half_a_character(text: str):
     if "\N{REPLACEMENT CHARACTER}" in text:
         return
