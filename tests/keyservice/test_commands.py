@@ -134,7 +134,7 @@ async def ask(stub: Any, home: Home, person: Person, enclave: Enclave, instance:
 
 
 async def test_from_an_empty_folder_to_a_revoked_user(place: Place) -> None:
-    keys = place.call("keys", "show")
+    keys = place.call_here("keys", "show")
     home = Home.open(place.home)
     assert keys["link_ca"] == str(home.path / "link-ca.pem")
     made = make_instance(place.folder / "instance", home)
@@ -154,10 +154,10 @@ async def test_from_an_empty_folder_to_a_revoked_user(place: Place) -> None:
             assert isinstance(bundle, Bundle)
             assert Grant.from_bytes(bundle.grant or b"").part_key == derive(made.root, PART_LABEL)
             # the command line works beside the running service, on the same database
-            (listed,) = place.call("users", "list")
+            (listed,) = place.call_here("users", "list")
             assert (listed["spent"], listed["instances"]) == (100, [made.id])
             head = place.folder / "head"
-            place.call("audit-log", "head", "--out", str(head))
+            place.call_here("audit-log", "head", "--out", str(head))
             assert place.call("users", "remove", "alice")["removed_at"] is not None
             assert await refusal(ask(stub, home, alice, enclave, made.id)) == "user_refused"
             metrics = (await asyncio.to_thread(scrape, announced)).decode()
@@ -165,7 +165,7 @@ async def test_from_an_empty_folder_to_a_revoked_user(place: Place) -> None:
             assert 'stip_refusals_total{code="user_refused"} 1.0' in metrics
             assert "stip_simulation 1.0" in metrics
             assert added["id"] not in metrics
-    events = [(entry["event"], entry["code"]) for entry in place.call("audit-log", "list")]
+    events = [(entry["event"], entry["code"]) for entry in place.call_here("audit-log", "list")]
     assert events == [
         ("user_added", "granted"),
         ("instance_added", "granted"),
@@ -340,6 +340,6 @@ print([name for name in ("torch", "transformers", "stip_keyservice.protect") if 
 
 @pytest.mark.parametrize("command", ["protect", "serve", "users", "instances", "policy", "audit-log", "keys"])
 def test_every_command_explains_itself(command: str) -> None:
-    done = run(command, "--help")
-    assert done.returncode == 0
+    done = CliRunner().invoke(main, [command, "--help"], prog_name="stip-keyservice")
+    assert done.exit_code == 0
     assert "Usage: stip-keyservice " + command in done.stdout

@@ -5,8 +5,8 @@ that the key service must hold is in this module, in the order it is tried:
 
 1. `read_claims`: the claims parse.
 2. (the caller takes the nonce out, for good)
-3. `examine`: the claims are made out to this service; the evidence is accepted and binds the claims; the delegation is signed by the key it names, not
-   expired, and names this enclave key, measurement and instance.
+3. `examine`: the claims are made out to this service; the evidence is accepted and binds the claims; the
+   delegation is signed by the key it names, not expired, and names this enclave key, measurement and instance.
 4. `require_entitled`: that key is a present user's, who may use the instance, which serves this kind.
 """
 
