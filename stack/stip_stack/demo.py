@@ -32,6 +32,7 @@ DEFAULT_PROMPT = "And the king said unto his servants,"
 PROMPT_IDS = 12
 """Length of the made-up prompt for a model without a tokenizer."""
 NONSENSE_TOKENS = 24
+GOT_WIDTH = 56
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _show_verification(verification: stip.Verification, console: Console) -> Non
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("step", no_wrap=True)
     table.add_column("status", no_wrap=True)
-    table.add_column("got", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("got", no_wrap=True, overflow="ellipsis", max_width=GOT_WIDTH)
     for step in verification.steps:
         table.add_row(step.name, step.status.value, step.got or "")
     console.print(table)
@@ -153,9 +154,10 @@ def _compare(
 
     _heading(console, "The server part without keys (the paper's Table 4)")
     stolen = without_keys(published.folder / "server", plain, ids, max_tokens=NONSENSE_TOKENS)
-    console.print("  " + repr(worded_or_ids(stolen)), highlight=False, markup=False, soft_wrap=True)
-    console.print("  [dim]Handed even the plain embedding table. This shows that the part is useless as it stands, not")
-    console.print("  that it is secure: docs/security.md says what a determined attacker recovers.[/]")
+    nonsense = worded_or_ids(stolen)
+    console.print("  " + (repr(nonsense) if worded else nonsense), markup=False, soft_wrap=True)
+    console.print("  [dim]Handed even the plain embedding table. This shows that the part is useless as it stands, not[/]")
+    console.print("  [dim]that it is secure: docs/security.md says what a determined attacker recovers.[/]")
     return same
 
 
