@@ -14,6 +14,8 @@ import contextlib
 import hashlib
 import json
 import secrets
+import shutil
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -205,6 +207,7 @@ class ScriptedReplica(model_pb2_grpc.ModelServicer):
         self.seen: list[model_pb2.Up] = []
         self.opened: list[bytes] = []
         self.links = 0
+        self.fed, self.closed = asyncio.Event(), asyncio.Event()
         self.hold: asyncio.Event | None = None
         self._last: dict[bytes, np.ndarray] = {}
         self._break = asyncio.Event()
@@ -228,6 +231,7 @@ class ScriptedReplica(model_pb2_grpc.ModelServicer):
         async def read() -> None:
             async for up in requests:
                 self.seen.append(up)
+                (self.fed if up.HasField("feed") else self.closed if up.HasField("close") else asyncio.Event()).set()
                 for down in self._answers(up):
                     if self.hold is not None and down.HasField("fed"):
                         await self.hold.wait()
@@ -627,10 +631,19 @@ class World:
         self.engines: list[TransformersEngine] = []
 
     async def start(
-        self, protected: Protected, *, direct: bool = False, lease: dict[str, Any] | None = None, **limits: Any
+        self,
+        protected: Protected,
+        *,
+        direct: bool = False,
+        lease: dict[str, Any] | None = None,
+        dedicated_to: str | None = None,
+        copied_to: Path | None = None,
+        **limits: Any,
     ) -> None:
-        """`direct`: the enclave links to the model server itself."""
-        self.protected = protected
+        """`direct`: the enclave links to the model server itself; `dedicated_to`: the instance's only user, who is
+        then `owner`; `copied_to`: the enclave reads a copy of the instance there.
+        """
+        self.protected, self._dedicated_to = protected, dedicated_to
         self.limits = Limits.model_validate(limits)
         self.policy = Policy.model_validate(
             {
@@ -645,7 +658,8 @@ class World:
         keyservice = await self._start_keyservice()
         server = await self._start_server(protected)
         link_to = server if direct else await self._start_gateway(server)
-        await self._start_enclave(protected, keyservice, link_to, direct=direct)
+        folder = protected.folder if copied_to is None else shutil.copytree(protected.folder, copied_to)
+        await self._start_enclave(folder, keyservice, link_to, direct=direct)
 
     def person(self, name: str, *, budget: int = 100_000, member: bool = True) -> Person:
         person = Person(Ed25519PrivateKey.generate())
@@ -654,6 +668,10 @@ class World:
             if member:
                 registered.allow(db, self.protected.manifest.instance, user)
         return person
+
+    def stranger(self) -> Person:
+        """Somebody the key service does not know."""
+        return Person(Ed25519PrivateKey.generate())
 
     def delegate(self, person: Person, **other: Any) -> bytes:
         fields = {
@@ -676,6 +694,15 @@ class World:
         assert frame.HasField("opened"), f"{frame.failed.code}: {frame.failed.message}"
         return client
 
+    async def until_sessions(self, count: int) -> None:
+        """Wait until the enclave has this many: a client's leaving takes a moment to arrive."""
+        while len(self.service._sessions) != count:
+            await asyncio.sleep(0.01)
+
+    def operator_certificate(self) -> bytes:
+        """DER of a certificate over a key that is not the enclave's."""
+        return ssl.PEM_cert_to_DER_cert(self.operator.issue("other").certificate.decode())
+
     async def _start_keyservice(self) -> str:
         home = self.developer.home
         self.store = Store(self._folder / "state.db")
@@ -685,7 +712,11 @@ class World:
         servicer = KeyServiceServicer(issuer, keyservice_config.Limits())
         inspected = registered.inspect(self.protected.folder, home.developer.public_key(), home.sealing)
         with self.store.write() as db:
-            registered.add(db, inspected, storage_key=home.storage_key, owner=None, now=int(time.time()))
+            owner, now = None, int(time.time())
+            if self._dedicated_to is not None:
+                self.owner = Person(Ed25519PrivateKey.generate())
+                owner = users.add(db, self._dedicated_to, self.owner.public, budget=1000, now=now)
+            registered.add(db, inspected, storage_key=home.storage_key, owner=owner, now=now)
         server = grpc.aio.server(interceptors=[rpc.ErrorInterceptor(lambda error: None)], options=rpc.SERVER_OPTIONS)
         keyservice_pb2_grpc.add_KeyServiceServicer_to_server(servicer, server)
         tls = home.tls("localhost")
@@ -693,6 +724,7 @@ class World:
         await server.start()
         self._stack.push_async_callback(server.stop, 0)
         self._stack.push_async_callback(servicer.drain)
+        self.keyservice = server
         return f"127.0.0.1:{port}"
 
     async def _start_server(self, protected: Protected) -> str:
@@ -729,7 +761,7 @@ class World:
             client_ca=self.developer.home.link_ca.pem,
         )
 
-    async def _start_enclave(self, protected: Protected, keyservice: str, link_to: str, *, direct: bool) -> None:
+    async def _start_enclave(self, folder: Path, keyservice: str, link_to: str, *, direct: bool) -> None:
         home = self.developer.home
         self.provider = self.developer.platform.provider(MEASUREMENT)
         self.identity = EnclaveIdentity.create(
@@ -747,7 +779,7 @@ class World:
             {
                 "collateral": "unused",
                 "developer_key": "unused",
-                "instances": [{"directory": str(protected.folder)}],
+                "instances": [{"directory": str(folder)}],
                 "keyservice": {"address": keyservice, "ca": "unused", "service_key": "unused"},
                 "gateway": {"address": link_to, "ca": "unused", "audience": AUDIENCE},
             }
