@@ -156,8 +156,8 @@ def _compare(
     stolen = without_keys(published.folder / "server", plain, ids, max_tokens=NONSENSE_TOKENS)
     nonsense = worded_or_ids(stolen)
     console.print("  " + (repr(nonsense) if worded else nonsense), markup=False, soft_wrap=True)
-    console.print("  [dim]Handed even the plain embedding table. This shows that the part is useless as it stands, not[/]")
-    console.print("  [dim]that it is secure: docs/security.md says what a determined attacker recovers.[/]")
+    console.print("  [dim]Handed even the plain embedding table. This shows that the part is useless as it stands,[/]")
+    console.print("  [dim]not that it is secure: docs/security.md says what a determined attacker recovers.[/]")
     return same
 
 
