@@ -696,8 +696,11 @@ class World:
 
     async def until_sessions(self, count: int) -> None:
         """Wait until the enclave has this many: a client's leaving takes a moment to arrive."""
-        while len(self.service._sessions) != count:
+        for _ in range(1000):
+            if len(self.service._sessions) == count:
+                return
             await asyncio.sleep(0.01)
+        raise TimeoutError(f"{len(self.service._sessions)} sessions, not {count}")
 
     def operator_certificate(self) -> bytes:
         """DER of a certificate over a key that is not the enclave's."""
