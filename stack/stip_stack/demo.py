@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import AutoConfig
 
 import stip
 from stip.tokenizer import Tokenizer
@@ -73,7 +74,17 @@ def run(request: Request, console: Console) -> int:
 
 def _protect(stack: Stack, request: Request, console: Console) -> Published:
     _heading(console, f"Protecting {request.model} with preset {request.preset}")
-    command, folder = stack.protection(request.model, request.preset)
+    accepted = []
+    if (
+        request.preset == "paper"
+        and AutoConfig.from_pretrained(request.model, local_files_only=True).tie_word_embeddings
+    ):
+        accepted = ["--accept-tied-head"]
+        console.print(
+            "  [bold red]This model's head is its embedding: under paper the operator holds the embedding's values"
+        )
+        console.print("  [bold red]and can recover every token. Accepted for this demo; protect refuses it by default.")
+    command, folder = stack.protection(request.model, request.preset, *accepted)
     quiet = [] if console.is_terminal else ["--quiet"]
     done = subprocess.run([*command, *quiet], stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
