@@ -53,7 +53,8 @@ def test_arbitrary_bytes_decode_to_themselves_or_are_refused(data: bytes) -> Non
 
 
 def test_a_second_form_of_the_same_value_is_refused() -> None:
-    for form in (cbor2.dumps({"b": 1, "a": 2}), b"\x18\x01", b"\x9f\x01\xff", canonical.encode(1) + b"\x00"):
+    repeated = b"\xa2\x61a\x01\x61a\x01"
+    for form in (cbor2.dumps({"b": 1, "a": 2}), b"\x18\x01", b"\x9f\x01\xff", canonical.encode(1) + b"\x00", repeated):
         with pytest.raises(FrameInvalid):
             canonical.decode(form, what="value")
 
@@ -61,6 +62,36 @@ def test_a_second_form_of_the_same_value_is_refused() -> None:
 def test_a_document_beyond_the_limit_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(FrameInvalid, match="at most"):
         canonical.decode(b"\x00" * (canonical.DOCUMENT_LIMIT + 1), what="value")
+
+
+def shared_references(levels: int) -> bytes:
+    """A list whose n-th item stands for 2ⁿ values, by shared references (tags 28 and 29): few bytes, endless work."""
+    items = [b"\xd8\x1c\x81\x00"]
+    items += [b"\xd8\x1c\x82" + 2 * (b"\xd8\x1d" + cbor2.dumps(level)) for level in range(levels)]
+    return bytes([0x98, len(items)]) + b"".join(items)
+
+
+BOMBS: dict[str, bytes] = {
+    "references that double at each of 60 levels": shared_references(60),
+    "a list within a list, thousands deep": b"\x81" * 60_000 + b"\x00",
+    "a list of 2⁶⁴ items": b"\x9b" + b"\xff" * 8,
+    "a string of 2⁶⁴ bytes": b"\x5b" + b"\xff" * 8,
+    "a float": cbor2.dumps(1.5),
+    "an integer of 1000 bytes": cbor2.dumps(1 << 8000),
+    "a decimal with an endless exponent": cbor2.dumps(cbor2.CBORTag(4, [2**62, 1])),
+    "a pattern to compile": cbor2.dumps(cbor2.CBORTag(35, "(a{1,9999}){1,9999}")),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_few_bytes_cannot_ask_for_endless_work(name: str) -> None:
+    with pytest.raises(FrameInvalid):
+        canonical.decode(BOMBS[name], what="value")
+
+
+def test_a_version_that_is_no_small_number_is_a_refusal_and_no_crash() -> None:
+    with pytest.raises(FrameInvalid):
+        Note.from_bytes(canonical.encode({"ctx": Note.context, "version": [1 << 20_000, 0], "number": 1}))
 
 
 class Note(Document):

@@ -162,7 +162,7 @@ def _parse(certificate: bytes) -> _Parsed:
 
 
 def _tagged_evidence(extension: bytes) -> tuple[bytes, bytes]:
-    value = _canonical(extension, "tagged evidence", QUOTE_LIMIT + CLAIMS_LIMIT)
+    value = _canonical(extension, "tagged evidence", QUOTE_LIMIT + CLAIMS_LIMIT, tags=(DICE_TEE_QUOTE_TAG,))
     if not (isinstance(value, cbor2.CBORTag) and value.tag == DICE_TEE_QUOTE_TAG):
         raise EvidenceMalformed.because("tagged evidence", "another tag", f"CBOR tag {DICE_TEE_QUOTE_TAG}")
     pair = value.value
@@ -191,9 +191,9 @@ def _require_key(claims: bytes, spki: bytes) -> None:
         raise ReportDataMismatch(f"{PUBKEY_HASH}: names another key than the certificate's", field=PUBKEY_HASH)
 
 
-def _canonical(data: bytes, what: str, limit: int) -> Any:
+def _canonical(data: bytes, what: str, limit: int, tags: tuple[int, ...] = ()) -> Any:
     try:
-        return canonical.decode(data, what=what, limit=limit)
+        return canonical.decode(data, what=what, limit=limit, tags=tags)
     except FrameInvalid as error:
         raise EvidenceMalformed(error.message, field=what) from None
 
