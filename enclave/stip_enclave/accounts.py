@@ -15,7 +15,7 @@ from stip_enclave.config import Limits
 from stip_enclave.guards import Rate
 from stip_enclave.instances import Instance
 from stip_enclave.lease import LeaseAccount
-from stip_enclave.release import HeldLease, ReleaseClient
+from stip_enclave.release import ReleaseClient
 from stip_protocol.documents import Signed
 from stip_protocol.errors import LeaseError, Overloaded
 from stip_protocol.release import Grant
@@ -40,34 +40,46 @@ class Accounts:
         digest = Signed.from_bytes(delegation).digest()
         async with self._locked(digest):
             account = self._accounts.get(digest)
-            if account is not None and account.ended is None:
+            if account is not None:
                 try:
                     await account.refresh()
-                    return account
                 except LeaseError:
-                    # A lease that ran out beyond renewal: the delegation may still get a new one.
-                    self._accounts.pop(digest, None)
-            self._make_room()
-            account = self._accounts[digest] = await self._release(delegation, instance)
+                    account = None  # a lease that ran out beyond renewal: the delegation may still get another one
+            grant = None
+            if account is None:
+                account, grant = await self._release(delegation, instance)
+                self._make_room()
+                self._accounts[digest] = account
+            await self._load(delegation, instance, grant, digest)
             return account
 
     async def stop(self) -> None:
         """Renew nothing more."""
         await asyncio.gather(*(account.stop() for account in self._accounts.values()))
 
-    async def _release(self, delegation: bytes, instance: Instance) -> LeaseAccount:
+    async def _release(self, delegation: bytes, instance: Instance) -> tuple[LeaseAccount, Grant | None]:
         self._rate.take()
-        manifest, digest = instance.manifest, instance.digest
-        rows = self._limits.lease_rows
-        bundle = await self._releases.bundle(delegation, manifest.instance, digest, manifest.epoch, rows)
-        if not instance.loaded:
-            if bundle.grant is not None:
-                grant = Grant.from_bytes(bundle.grant)
-            else:
-                grant = await self._releases.grant(delegation, manifest.instance, digest, manifest.epoch)
+        manifest, rows = instance.manifest, self._limits.lease_rows
+        bundle = await self._releases.bundle(delegation, manifest.instance, instance.digest, manifest.epoch, rows)
+        held = self._releases.held(bundle.lease, bundle.link_certificate, bundle)
+        account = LeaseAccount(held, self._releases, heartbeat_tokens=bundle.heartbeat_tokens, chunk=rows)
+        return account, None if bundle.grant is None else Grant.from_bytes(bundle.grant)
+
+    async def _load(self, delegation: bytes, instance: Instance, grant: Grant | None, digest: bytes) -> None:
+        if instance.loaded:
+            return
+        if grant is None:
+            self._rate.take()
+            manifest = instance.manifest
+            grant = await self._releases.grant(delegation, manifest.instance, instance.digest, manifest.epoch)
             await instance.load(grant)
-        held: HeldLease = self._releases.held(bundle.lease, bundle.link_certificate, bundle)
-        return LeaseAccount(held, self._releases, heartbeat_tokens=bundle.heartbeat_tokens, chunk=rows)
+            return
+        try:
+            await instance.load(grant)
+        except BaseException:
+            # The grant came with the bundle and is not kept: the next attempt asks for both.
+            self._accounts.pop(digest, None)
+            raise
 
     def _make_room(self) -> None:
         for digest, account in list(self._accounts.items()):

@@ -19,6 +19,7 @@ from stip_enclave.replies import Outputs
 from stip_enclave.sampling import NeedsFullRow
 from stip_enclave.session import Session
 from stip_enclave.turns import Turn
+from stip_protocol.errors import TensorInvalid
 from stip_protocol.telemetry import Telemetry
 
 
@@ -49,6 +50,11 @@ class Decoder:
         outputs = delivery.outputs.only(rows)
         if outputs.form == "hidden":
             outputs = await self._logits(outputs)
+            # Finite hidden states may still overflow the head. A NaN or an infinity shows in the maximum.
+            for row in np.flatnonzero(~np.isfinite(outputs.rows.max(axis=1))).tolist():
+                asking[row][0].failed(TensorInvalid("reply: a hidden state that overflows the head"))
+            kept = [row for row, (session, _) in enumerate(asking) if not session.ended]
+            asking, outputs = [asking[row] for row in kept], outputs.only(kept)
         began = time.perf_counter()
         picked = self._pick(outputs, [turn for _, turn in asking])
         self._sample_time.observe(time.perf_counter() - began)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from stip_enclave.tables import SealedTensor
 
-INLINE_WORK = 2_000_000
-"""Multiplications below which a head runs on the event loop: about what a hand-over to a thread costs."""
+INLINE_WORK = 16_000_000
+"""Multiplications below which a head runs on the event loop: about a millisecond, and a hand-over to a thread of a
+busy process can cost as much."""
 
 
 class Head:

@@ -6,7 +6,8 @@ Two bounds, both counted here and neither by a clock, which the host could set:
 - revocation: after `heartbeat_tokens` outputs since the last heartbeat that was answered, nothing is fed until
   another one is. Outputs count from when that heartbeat was *made*, and rows in flight count as outputs.
 
-Renewals run ahead in the background, at half of either bound, so that a session normally never waits.
+Renewals run ahead in the background, so that a session normally never waits: at half of the rows, and as many
+outputs before the bound as twice what the last renewal took.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from stip_protocol.runtime.logs import fault
 
 RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0)
 """Pauses between attempts while the key service cannot be reached; then who waits fails, and the next asks anew."""
+LEAD_SHARES = (0.25, 0.75)
+"""Least and greatest share of `heartbeat_tokens` that is left when a renewal begins."""
 TIME_SHARE = 0.5
 """Share of a lease's life after which it is renewed, by the host's clock: a convenience, not a bound."""
 
@@ -69,6 +72,7 @@ class LeaseAccount:
         self._fed = 0
         self._outputs = 0
         self._confirmed = 0
+        self._lead = 0.5 * self._heartbeat_tokens
         self._wanted = 0
         self._grows = True
         self._life = self._left_seconds()
@@ -128,6 +132,8 @@ class LeaseAccount:
             await asyncio.shield(self._task)
         if self.ended is not None:
             raise self.ended
+        if self.expired:
+            raise LeaseExpired("lease: it has ended, and could not be renewed")
 
     async def stop(self) -> None:
         """Renew no more."""
@@ -141,7 +147,7 @@ class LeaseAccount:
     def _due(self) -> bool:
         rows_left = self.held.lease.tokens - self._fed
         return (
-            2 * (self._outputs - self._confirmed) >= self._heartbeat_tokens
+            self._confirmed + self._heartbeat_tokens - self._outputs <= self._lead
             or (self._grows and 2 * rows_left <= min(self._chunk, self.held.lease.tokens))
             or self._left_seconds() < TIME_SHARE * self._life
         )
@@ -209,6 +215,8 @@ class LeaseAccount:
         self._grows = held.lease.tokens > self.held.lease.tokens
         self.held = held
         self._confirmed, self._wanted, self._life = outputs, 0, self._left_seconds()
+        least, greatest = (share * self._heartbeat_tokens for share in LEAD_SHARES)
+        self._lead = min(max(2.0 * (self._outputs - outputs), least), greatest)
         if self.expired:
             return LeaseExpired.because("renewed lease expires", held.lease.expires, "a time to come")
         for holder in list(self._holders):

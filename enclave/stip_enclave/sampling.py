@@ -129,9 +129,10 @@ class Sampler:
     def _weights(self, values: Logits, largest: Any) -> NDArray[np.float64]:
         """exp((x - max) / temperature) in float64."""
         scaled = values.astype(np.float64)
-        scaled -= np.float64(largest)
-        scaled /= self._spec.temperature
-        return np.exp(scaled, out=scaled)
+        with np.errstate(over="ignore", under="ignore"):
+            scaled -= np.float64(largest)
+            scaled /= self._spec.temperature
+            return np.exp(scaled, out=scaled)
 
     def _place(self, mass: NDArray[np.float64], least: float, most: float, step: int, *, whole: bool) -> int | None:
         """Where the draw falls in a descending prefix with these cumulative weights.

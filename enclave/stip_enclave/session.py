@@ -115,6 +115,8 @@ class Session:
         """Start a turn. Raises `FrameInvalid`, `RequestInvalid` or `PositionRefused`, which end the session."""
         if self._turn is not None:
             raise FrameInvalid("turn: the one before has not ended; read its last step or cancel it first")
+        if self.frames.qsize() > self._limits.steps_ahead:
+            raise FrameInvalid.because("turn", "unread steps", f"at most {self._limits.steps_ahead}; read them first")
         if not len(request.ids) and not len(self._pending):
             raise RequestInvalid.because("turn ids", "none", "at least one where nothing is left to go on from")
         room = self.max_positions - self._length

@@ -60,13 +60,29 @@ async def test_rows_are_admitted_up_to_the_mark_and_a_renewal_raises_it(leases: 
     assert holder.take(15) == 15
 
 
-async def test_a_renewal_runs_ahead_before_either_bound_is_reached(leases: Leases) -> None:
+async def test_a_renewal_runs_ahead_before_the_bound_is_reached(leases: Leases) -> None:
     account, service = leases(tokens=1000, heartbeat_tokens=8)
     holder = Holder(account)
     for _ in range(40):
         assert holder.take(1) == 1
         await settled(account)
-    assert len(service.heartbeats) == 10
+    # The first at half of the bound; then, as an answer takes no output's time, at a quarter before it.
+    assert len(service.heartbeats) == 1 + (40 - 4) // 6
+
+
+async def test_a_slow_renewal_begins_earlier_the_next_time(leases: Leases) -> None:
+    account, service = leases(tokens=1000, heartbeat_tokens=16)
+    service.gate = asyncio.Event()
+    holder = Holder(account)
+    assert [holder.take(1) for _ in range(8)] == [1] * 8
+    await asyncio.sleep(0)  # the heartbeat is made
+    assert [holder.take(1) for _ in range(5)] == [1] * 5
+    service.gate.set()
+    await settled(account)
+    beats = len(service.heartbeats)
+    holder.take(1)
+    await settled(account)
+    assert len(service.heartbeats) == beats + 1
 
 
 async def test_generation_stops_at_the_revocation_bound_until_a_heartbeat_is_answered(leases: Leases) -> None:

@@ -46,6 +46,7 @@ def strange(fed: model_pb2.Fed, row: int) -> None:
 
 
 LIES: dict[str, tuple[Fed, str]] = {
+    "finite values that overflow the head": (lambda fed, row: edited_row(fed, row, 3e38), "tensor_invalid"),
     "a NaN": (lambda fed, row: edited_row(fed, row, float("nan")), "tensor_invalid"),
     "an infinity": (lambda fed, row: edited_row(fed, row, float("-inf")), "tensor_invalid"),
     "another position": (moved, "position_refused"),

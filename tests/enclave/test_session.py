@@ -135,6 +135,20 @@ async def test_two_turns_at_once_are_refused(bench: Any) -> None:
         talk.begin(PROMPT)
 
 
+async def test_turns_without_end_that_nobody_reads_are_refused(bench: Any) -> None:
+    made = await bench(limits=Limits(steps_ahead=3))
+    talk = await made.session()
+
+    def flood() -> None:
+        for _ in range(100):
+            talk.begin([1])
+            talk.session.cancel()
+
+    with pytest.raises(FrameInvalid, match="unread"):
+        flood()
+    assert talk.session.frames.qsize() <= 4
+
+
 async def test_more_positions_than_there_are_are_refused(bench: Any) -> None:
     made = await bench()
     with pytest.raises(PositionRefused):
