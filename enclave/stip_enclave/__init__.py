@@ -3,6 +3,6 @@
 - `main`, `cli`, `config`, `guards`: one process, its settings, what it denies its host.
 - `identity`, `release`, `lease`, `accounts`: who it is, and what the key service lets it do.
 - `tables`, `head`, `instances`: an opened instance.
-- `link`, `replies`: the stream to the gateway, and what is believed of its answers.
+- `link`, `outbox`, `replies`: the stream to the gateway, and what is believed of its answers.
 - `sampling`, `decode`, `session`, `service`: tokens, turns, and the clients' side.
 """

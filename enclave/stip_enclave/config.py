@@ -70,6 +70,7 @@ class EnclaveSettings(Settings):
     dns_name: HostName = "localhost"
     """The name of the RA-TLS certificate."""
     certificate_hours: float = Field(default=8.0, gt=0, le=24)
+    """Of the RA-TLS certificate. It is not renewed: an enclave is restarted before it ends."""
     collateral: ConfigPath
     """`QuoteCollateralV3` JSON that the host keeps fresh."""
     developer_key: ConfigPath

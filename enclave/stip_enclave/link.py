@@ -12,10 +12,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import grpc.aio
 import numpy as np
@@ -23,6 +22,7 @@ import structlog
 from numpy.typing import NDArray
 
 from stip_enclave.config import Limits
+from stip_enclave.outbox import SLICES_PER_FRAME, Embed, Outbox, Owner, Port
 from stip_enclave.replies import Outputs, read_outputs
 from stip_protocol import rpc
 from stip_protocol.errors import (
@@ -44,35 +44,9 @@ from stip_protocol.versions import require_wire
 from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 HANDLE_BYTES = 16
-SLICES_PER_FRAME = 256
 LEFT_LIMIT = 4096
 """Handles remembered whose last answer may still be under way when they were closed."""
 OUTPUT = {"hidden": model_pb2.OUTPUT_HIDDEN, "top": model_pb2.OUTPUT_TOP}
-Awaited = Literal["nothing", "output", "row"]
-
-
-class Owner(Protocol):
-    """The session behind a port, as the link sees it."""
-
-    def failed(self, error: StipError) -> None:
-        """The session has ended on the other side, or the link ended it. Called once, and nothing after it."""
-
-
-@dataclass(slots=True, eq=False)
-class Port:
-    """One session's place on a link."""
-
-    handle: bytes = field(repr=False)
-    owner: Owner = field(repr=False)
-    request_id: str
-    opened: asyncio.Future[None] = field(repr=False)
-    position: int = 0
-    """Rows handed to the link so far: the position of the next one."""
-    awaits: Awaited = "nothing"
-    asked: float = 0.0
-    """When the last row left (`time.perf_counter`)."""
-    waiting: NDArray[np.uint32] | None = field(default=None, repr=False)
-    """Ids that are still to leave as rows; the last of them is at `position - 1`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,10 +59,6 @@ class Delivery:
     """Seconds of model compute."""
     queue: float
     """Seconds the rows waited before the step."""
-
-
-Embed = Callable[[NDArray[np.uint32], NDArray[np.int64]], bytes]
-"""ids [n] and positions [n] to n keyed rows."""
 
 
 class Link:
@@ -104,19 +74,15 @@ class Link:
         limits: Limits,
         telemetry: Telemetry,
     ) -> None:
-        self._channel, self._manifest, self._embed, self._deliver = channel, manifest, embed, deliver
+        self._channel, self._manifest, self._deliver = channel, manifest, deliver
         self._limits, self._telemetry = limits, telemetry
-        self._frame_rows = min(card.max_rows, rows_per_frame(manifest.dtype, manifest.width))
         self.max_positions = min(card.max_positions, manifest.max_positions)
         self.lost: StipError | None = None
         self.draining = False
         self._ports: dict[bytes, Port] = {}
         self._left: dict[bytes, None] = {}
-        self._control: deque[model_pb2.Up] = deque()
-        self._singles: deque[Port] = deque()
-        self._prompts: deque[Port] = deque()
-        self._wake = asyncio.Event()
-        self._embedding = telemetry.stage("embed")
+        frame_rows = min(card.max_rows, rows_per_frame(manifest.dtype, manifest.width))
+        self._outbox = Outbox(embed, frame_rows, self._ports, telemetry.stage("embed"))
         self._round_trip = telemetry.stage("link")
         metadata = ((rpc.INSTANCE_KEY, manifest.instance), (rpc.EPOCH_KEY, str(manifest.epoch)))
         self._call: Any = model_pb2_grpc.ModelStub(channel).Link(metadata=metadata)
@@ -197,12 +163,7 @@ class Link:
         port.position += len(ids)
         port.awaits = "output" if last else "nothing"
         port.asked = time.perf_counter()
-        if port.waiting is None:
-            port.waiting = ids
-            (self._singles if len(ids) == 1 else self._prompts).append(port)
-        else:
-            port.waiting = np.concatenate([port.waiting, ids])
-        self._wake.set()
+        self._outbox.feed(port, ids)
 
     def recall(self, port: Port) -> None:
         """Ask for the whole row behind the last output."""
@@ -211,9 +172,9 @@ class Link:
         self._send(model_pb2.Up(recall=model_pb2.Recall(session=port.handle, position=port.position - 1)))
 
     def renew(self, lease: bytes) -> None:
-        """Tell the gateway of a renewed lease, before any row that needs it: once, where several sessions say so."""
-        if not (self._control and self._control[-1].renew.lease == lease):
-            self._send(model_pb2.Up(renew=model_pb2.Renew(lease=lease)))
+        """Tell the gateway of a renewed lease, before any row that needs it."""
+        if self.lost is None:
+            self._outbox.renew(lease)
 
     def close(self, port: Port) -> None:
         """End a session from this side. Idempotent."""
@@ -231,8 +192,7 @@ class Link:
 
     def _send(self, up: model_pb2.Up) -> None:
         if self.lost is None:
-            self._control.append(up)
-            self._wake.set()
+            self._outbox.send(up)
 
     def _forget(self, port: Port) -> bool:
         if self._ports.pop(port.handle, None) is None:
@@ -261,56 +221,17 @@ class Link:
         self._telemetry.gauge(LINKS).dec()
         for port in list(self._ports.values()):
             self._end(port, error, tell=False)
-        self._wake.set()
+        self._outbox.wake.set()
 
     # -- upward ---------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
         with self._losing():
             while self.lost is None:
-                await self._wake.wait()
-                self._wake.clear()
-                while self.lost is None and (up := self._next()) is not None:
+                await self._outbox.wake.wait()
+                self._outbox.wake.clear()
+                while self.lost is None and (up := self._outbox.next()) is not None:
                     await self._call.write(up)
-
-    def _next(self) -> model_pb2.Up | None:
-        """The next message: control first, because an opening or a renewal comes before the rows that need it."""
-        if self._control:
-            return self._control.popleft()
-        while self._singles or self._prompts:
-            slices, ids, positions = self._compose()
-            if not slices:
-                continue
-            began = time.perf_counter()
-            rows = self._embed(np.concatenate(ids), np.concatenate(positions))
-            self._embedding.observe(time.perf_counter() - began)
-            return model_pb2.Up(feed=model_pb2.Feed(slices=slices, rows=rows))
-        return None
-
-    def _compose(self) -> tuple[list[model_pb2.Slice], list[NDArray[np.uint32]], list[NDArray[np.int64]]]:
-        """As many waiting ids as one frame takes; what is left of a prompt goes behind the others."""
-        slices: list[model_pb2.Slice] = []
-        ids: list[NDArray[np.uint32]] = []
-        positions: list[NDArray[np.int64]] = []
-        room = self._frame_rows
-        while room and len(slices) < SLICES_PER_FRAME and (self._singles or self._prompts):
-            port = (self._singles or self._prompts).popleft()
-            if port.waiting is None or port.handle not in self._ports:
-                continue
-            start = port.position - len(port.waiting)
-            part, rest = port.waiting[:room], port.waiting[room:]
-            room -= len(part)
-            last = port.awaits == "output" and not len(rest)
-            slices.append(model_pb2.Slice(session=port.handle, position=start, count=len(part), last=last))
-            ids.append(part)
-            positions.append(np.arange(start, start + len(part)))
-            if len(rest):
-                port.waiting = rest
-                self._prompts.append(port)
-            else:
-                port.waiting = None
-                port.asked = time.perf_counter()
-        return slices, ids, positions
 
     # -- downward -------------------------------------------------------------------------------------------------
 

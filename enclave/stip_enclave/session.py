@@ -22,7 +22,8 @@ from prometheus_client import Counter, Histogram
 
 from stip_enclave.config import Limits
 from stip_enclave.lease import LeaseAccount
-from stip_enclave.link import Link, Port
+from stip_enclave.link import Link
+from stip_enclave.outbox import Port
 from stip_enclave.tables import Tables
 from stip_enclave.turns import Turn, TurnRequest
 from stip_protocol.errors import (
