@@ -67,7 +67,9 @@ class Instance:
         """The link that takes new sessions; a new one where there is none or the last one was lost or drains."""
         tables, decoder = self._require_opened()
         async with self._linking:
-            self._links = [link for link in self._links if link.lost is None]
+            over = [link for link in self._links if not link.usable and not link.sessions]
+            self._links = [link for link in self._links if link not in over]
+            await asyncio.gather(*(link.stop() for link in over))
             for link in self._links:
                 if link.usable:
                     return link

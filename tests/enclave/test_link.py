@@ -284,6 +284,11 @@ async def test_a_draining_link_finishes_and_new_sessions_go_elsewhere(bench: Any
     made.replica.tamper = lambda down: [down]
     await made.session()
     assert made.replica.links == 2
+    assert "stip_links 2.0" in exported(made)
+    talk.session.close()
+    await made.session()
+    assert made.replica.links == 2
+    assert "stip_links 1.0" in exported(made)
 
 
 CARDS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
