@@ -13,15 +13,16 @@ import grpc.aio
 import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from stip_protocol import rpc
-from stip_protocol.errors import Draining, FrameInvalid, LeaseForeign, Overloaded, ReplicaLost
-from stip_protocol.telemetry import LEASE_AGE, LINKS, REPLICAS, ROWS, SESSIONS, Telemetry
-from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 from stip_gateway.admission import Admission
 from stip_gateway.config import Limits
 from stip_gateway.link import LinkSessions, Passed
+from stip_gateway.outbox import Outbox
 from stip_gateway.replicas import Replica, Replicas
+from stip_protocol import rpc
+from stip_protocol.errors import Draining, FrameInvalid, LeaseForeign, Overloaded, ReplicaLost
+from stip_protocol.telemetry import LEASE_AGE, LINKS, REPLICAS, ROWS, SESSIONS, Telemetry
+from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,7 +32,7 @@ class GatewayService(model_pb2_grpc.ModelServicer):
 
     def __init__(self, replicas: Replicas, admission: Admission, limits: Limits, telemetry: Telemetry) -> None:
         self._replicas, self._admission, self._limits, self._telemetry = replicas, admission, limits, telemetry
-        self._links: dict[LinkSessions, asyncio.Queue[model_pb2.Down | None]] = {}
+        self._links: dict[LinkSessions, Outbox] = {}
         self._draining = False
         self._sessions = 0
         self._quiet = asyncio.Event()
@@ -57,12 +58,10 @@ class GatewayService(model_pb2_grpc.ModelServicer):
     async def Link(  # noqa: N802 - the name is the wire's
         self, requests: AsyncIterator[model_pb2.Up], context: Context
     ) -> AsyncIterator[model_pb2.Down]:
-        if self._draining:
-            raise Draining("this gateway takes no new links")
-        if len(self._links) >= self._limits.links:
-            raise Overloaded.because("links", len(self._links) + 1, f"at most {self._limits.links}")
         instance, epoch, wanted = _route(context)
+        self._require_room()  # before a replica is asked, and again after the wait for its answer
         replica = await self._replicas.choose(instance, epoch, wanted)
+        self._require_room()
         link = LinkSessions(
             _card(replica),
             self._admission,
@@ -70,8 +69,7 @@ class GatewayService(model_pb2_grpc.ModelServicer):
             sessions=self._limits.sessions_per_link,
             slices=self._limits.slices_per_frame,
         )
-        outbox: asyncio.Queue[model_pb2.Down | None] = asyncio.Queue(self._limits.outbox)
-        self._links[link] = outbox
+        self._links[link] = outbox = Outbox(self._limits.outbox)
         log = structlog.get_logger().bind(replica=replica.settings.name)
         log.info("link opened", instance=instance, epoch=epoch)
         call = replica.stub.Link(
@@ -83,8 +81,10 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         )
         pumps = [asyncio.create_task(self._upward(requests, call, link, replica, outbox))]
         pumps.append(asyncio.create_task(self._downward(call, link, replica, outbox)))
+        for pump in pumps:
+            pump.add_done_callback(lambda _: outbox.end())
         try:
-            while (down := await outbox.get()) is not None:
+            async for down in outbox:
                 yield down
             for pump in pumps:
                 if pump.done():
@@ -103,10 +103,16 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         self._draining = True
         for link, outbox in self._links.items():
             link.draining = True
-            await outbox.put(model_pb2.Down(drain=model_pb2.Drain()))
+            outbox.announce(model_pb2.Down(drain=model_pb2.Drain()))
         await self._quiet.wait()
         for outbox in self._links.values():
-            await outbox.put(None)
+            outbox.end()
+
+    def _require_room(self) -> None:
+        if self._draining:
+            raise Draining("this gateway takes no new links")
+        if len(self._links) >= self._limits.links:
+            raise Overloaded.because("links", len(self._links) + 1, f"at most {self._limits.links}")
 
     async def _upward(
         self,
@@ -114,7 +120,7 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         call: Any,
         link: LinkSessions,
         replica: Replica,
-        outbox: asyncio.Queue[model_pb2.Down | None],
+        outbox: Outbox,
     ) -> None:
         """Enclave to replica. Ends the link when the enclave does, or with the error of a malformed frame."""
         try:
@@ -133,12 +139,8 @@ class GatewayService(model_pb2_grpc.ModelServicer):
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             raise ReplicaLost("the replica broke off") from None
-        finally:
-            await outbox.put(None)
 
-    async def _downward(
-        self, call: Any, link: LinkSessions, replica: Replica, outbox: asyncio.Queue[model_pb2.Down | None]
-    ) -> None:
+    async def _downward(self, call: Any, link: LinkSessions, replica: Replica, outbox: Outbox) -> None:
         """Replica to enclave."""
         try:
             async for down in call:
@@ -152,8 +154,6 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         except grpc.aio.AioRpcError as error:
             refused = rpc.ERROR_CODE_KEY in dict(error.trailing_metadata() or ())
             raise (rpc.from_rpc(error) if refused else ReplicaLost("the replica broke off")) from None
-        finally:
-            await outbox.put(None)
 
     def _count(self, replica: Replica, change: int) -> None:
         replica.sessions += change
