@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import grpc.aio
 import structlog
-from stip_protocol import versions
-from stip_protocol.errors import InstanceRefused, ManifestMismatch, ReplicaLost, StipError
-from stip_protocol.rpc import channel, from_rpc
-from stip_protocol.tensor import row_bytes
-from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 from stip_gateway.config import Limits, ReplicaSettings
+from stip_protocol import versions
+from stip_protocol.errors import InstanceRefused, ManifestMismatch, ReplicaLost, StipError, TensorInvalid
+from stip_protocol.rpc import channel, from_rpc
+from stip_protocol.tensor import FRAME_LIMIT, row_bytes
+from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 
 class Replica:
@@ -24,12 +24,14 @@ class Replica:
         self.channel = opened
         self.stub: model_pb2_grpc.ModelAsyncStub = model_pb2_grpc.ModelStub(opened)
         self.card: model_pb2.Card | None = None
+        """While it answers."""
         self.sessions = 0
+        self._manifest_digest: bytes | None = None
 
     async def describe(self, seconds: float) -> model_pb2.Card:
         """Ask again. Raises the replica's own error or `ReplicaLost`; the card is kept only while it answers."""
         wanted = self.settings
-        self.card, before = None, self.card
+        self.card = None
         try:
             card = await self.stub.Describe(
                 model_pb2.InstanceRef(instance=wanted.instance, epoch=wanted.epoch), timeout=seconds
@@ -41,10 +43,11 @@ class Replica:
             raise ManifestMismatch.because(
                 f"replica {wanted.name}", f"{card.instance}/{card.epoch}", f"{wanted.instance}/{wanted.epoch}"
             )
-        if before is not None and before.manifest_digest != card.manifest_digest:
-            raise ManifestMismatch(f"replica {wanted.name}: its manifest changed while it was being served")
-        row_bytes(card.dtype, card.width)
-        self.card = card
+        if self._manifest_digest not in (None, card.manifest_digest):
+            raise ManifestMismatch(f"replica {wanted.name}: another manifest than before under the same epoch")
+        if not 0 < row_bytes(card.dtype, card.width) <= FRAME_LIMIT:
+            raise TensorInvalid.because(f"replica {wanted.name} width", card.width, f"rows of 1 to {FRAME_LIMIT} bytes")
+        self.card, self._manifest_digest = card, card.manifest_digest
         return card
 
 
