@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from stip_protocol.errors import LeaseExpired, LeaseForeign, LeaseSpent, Overloaded
 from stip_protocol.lease import Lease, admit
 
@@ -73,7 +74,8 @@ class Admission:
     def oldest_age(self) -> float:
         """Seconds since the oldest unexpired account was opened; 0 where there is none."""
         now = self.now()
-        ages = [now - account.since for account in self._accounts.values() if account.lease.expires > now]
+        accounts = list(self._accounts.values())  # a copy at once: metrics are read in a thread of their own
+        ages = [now - account.since for account in accounts if account.lease.expires > now]
         return float(max(ages, default=0))
 
     def _make_room(self, now: int) -> None:

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import click
-from stip_protocol.errors import ConfigurationError
-from stip_protocol.runtime.config import load
 
 from stip_gateway.config import GatewaySettings
 from stip_gateway.main import run
+from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime.config import load
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
+
 from stip_protocol.lease import Epoch, InstanceId
 from stip_protocol.runtime.config import Address, ConfigPath, Serving, Settings
 

@@ -7,9 +7,12 @@ cut at row borders, where a frame carries a slice that is refused.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import structlog
+
+from stip_gateway.admission import Account, Admission
 from stip_protocol.errors import (
     Draining,
     FrameInvalid,
@@ -21,10 +24,8 @@ from stip_protocol.rpc import MESSAGE_BYTES
 from stip_protocol.tensor import require_rows, row_bytes
 from stip_protocol.wire import model_pb2
 
-from stip_gateway.admission import Account, Admission
-
-SESSION_BYTES = 16
-REQUEST_ID_CHARACTERS = 32
+HANDLE_BYTES = 16
+REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass
@@ -35,6 +36,12 @@ class Passed:
     answers: list[model_pb2.Down] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     rows: int = 0
+
+
+@dataclass(frozen=True)
+class _Session:
+    account: Account
+    request_id: str
 
 
 class LinkSessions:
@@ -52,13 +59,13 @@ class LinkSessions:
         self._card, self._admission, self._link_key = card, admission, link_key
         self._limit, self._slices = sessions, slices
         self._row = row_bytes(card.dtype, card.width)
-        self._accounts: dict[bytes, Account] = {}
+        self._open_sessions: dict[bytes, _Session] = {}
         self._ended: dict[bytes, None] = {}
         self.draining = False
 
     @property
     def sessions(self) -> int:
-        return len(self._accounts)
+        return len(self._open_sessions)
 
     def up(self, message: model_pb2.Up) -> Passed:
         """One message of the enclave.
@@ -73,14 +80,16 @@ class LinkSessions:
         elif kind == "open":
             self._open(message, passed)
         elif kind == "close":
-            session = message.close.session
-            if self._accounts.pop(session, None) is not None:
+            session = _handle(message.close.session, "Close.session")
+            if session in self._open_sessions:
+                self._end(session)
                 passed.onward.append(message)
         elif kind == "recall":
-            if message.recall.session in self._accounts:
+            session = _handle(message.recall.session, "Recall.session")
+            if session in self._open_sessions:
                 passed.onward.append(message)
             else:
-                self._unknown(message.recall.session, passed)
+                self._unknown(session, passed)
         elif kind == "renew":
             try:
                 self._admit(message.renew.lease)
@@ -92,31 +101,30 @@ class LinkSessions:
 
     def down(self, message: model_pb2.Down) -> None:
         """Note what a message of the replica ends; it is handed on as it is."""
-        if message.WhichOneof("body") == "closed":
-            self._end(message.closed.session)
+        if message.WhichOneof("body") == "closed" and message.closed.session in self._open_sessions:
+            self._end(message.closed.session, message.closed.code)
 
     def _open(self, message: model_pb2.Up, passed: Passed) -> None:
         opening = message.open
-        session = opening.session
-        if len(session) != SESSION_BYTES:
-            raise FrameInvalid.because("Open.session", f"{len(session)} bytes", f"{SESSION_BYTES}")
-        if len(opening.request_id) > REQUEST_ID_CHARACTERS:
-            raise FrameInvalid.because("Open.request_id", f"{len(opening.request_id)} characters", "at most 32")
+        session = _handle(opening.session, "Open.session")
+        if opening.request_id and not REQUEST_ID.fullmatch(opening.request_id):
+            raise FrameInvalid.because("Open.request_id", "another form", "32 hexadecimal digits")
         try:
             if self.draining:
                 raise Draining("this gateway takes no new sessions")
-            if session in self._accounts:
+            if session in self._open_sessions:
                 raise FrameInvalid.because("Open.session", "a session that is open", "a fresh handle")
-            if len(self._accounts) >= self._limit:
-                raise Overloaded.because("sessions of the link", len(self._accounts) + 1, f"at most {self._limit}")
+            if self.sessions >= self._limit:
+                raise Overloaded.because("sessions of the link", self.sessions + 1, f"at most {self._limit}")
             account = self._admit(opening.lease)
         except StipError as error:
-            self._refuse(error, passed, session)
-            if session not in self._accounts:
-                self._end(session)
+            self._refuse(error, passed, session, opening.request_id)
+            if session not in self._open_sessions:
+                self._remember(session)
             return
         self._ended.pop(session, None)
-        self._accounts[session] = account
+        self._open_sessions[session] = _Session(account, opening.request_id)
+        structlog.get_logger().info("session opened", request_id=opening.request_id, sessions=self.sessions)
         opening.lease = b""
         passed.onward.append(message)
 
@@ -131,18 +139,18 @@ class LinkSessions:
         now = self._admission.now()
         kept, refused = [], False
         for part in feed.slices:
-            account = self._accounts.get(part.session)
-            if account is None:
+            session = self._open_sessions.get(_handle(part.session, "Slice.session"))
+            if session is None:
                 self._unknown(part.session, passed)
                 refused = True
                 continue
             try:
                 if part.count == 0:
                     raise FrameInvalid.because("Slice.count", 0, "at least 1")
-                account.debit(part.count, now)
+                session.account.debit(part.count, now)
             except StipError as error:
-                self._refuse(error, passed, part.session)
-                self._end(part.session)
+                self._refuse(error, passed, part.session, session.request_id)
+                self._end(part.session, error.code)
                 passed.onward.append(model_pb2.Up(close=model_pb2.Close(session=part.session)))
                 refused = True
                 continue
@@ -174,18 +182,29 @@ class LinkSessions:
         """Slices that were in flight when their session was closed are dropped without a word."""
         if session not in self._ended:
             self._refuse(SessionUnknown("session: not open on this link"), passed, session)
-            self._end(session)
+            self._remember(session)
 
-    def _end(self, session: bytes) -> None:
-        self._accounts.pop(session, None)
+    def _end(self, session: bytes, code: str = "closed") -> None:
+        ended = self._open_sessions.pop(session)
+        self._remember(session)
+        structlog.get_logger().info("session ended", request_id=ended.request_id, code=code, sessions=self.sessions)
+
+    def _remember(self, session: bytes) -> None:
+        """Note an ended session; the oldest are forgotten."""
         self._ended[session] = None
         while len(self._ended) > 4 * self._limit:
             self._ended.pop(next(iter(self._ended)))
 
-    def _refuse(self, error: StipError, passed: Passed, session: bytes | None = None) -> None:
+    def _refuse(self, error: StipError, passed: Passed, session: bytes = b"", request_id: str = "") -> None:
         passed.refusals.append(error.code)
-        named = session.hex() if session else None
-        structlog.get_logger().warning("refused", code=error.code, session=named, detail=error.message)
-        if session is not None:
+        structlog.get_logger().warning("refused", code=error.code, request_id=request_id, detail=error.message)
+        if session:
             closed = model_pb2.Closed(session=session, code=error.code, message=error.message)
             passed.answers.append(model_pb2.Down(closed=closed))
+
+
+def _handle(session: bytes, what: str) -> bytes:
+    """`session`, whose length bounds what is remembered and logged of it."""
+    if len(session) != HANDLE_BYTES:
+        raise FrameInvalid.because(what, f"{len(session)} bytes", f"{HANDLE_BYTES} bytes")
+    return session

@@ -10,17 +10,17 @@ import grpc.aio
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from stip_gateway.admission import Admission
+from stip_gateway.config import GatewaySettings
+from stip_gateway.replicas import Replicas
+from stip_gateway.service import GatewayService
 from stip_protocol import rpc
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.serving import serve
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import model_pb2_grpc
-
-from stip_gateway.admission import Admission
-from stip_gateway.config import GatewaySettings
-from stip_gateway.replicas import Replicas
-from stip_gateway.service import GatewayService
 
 
 async def run(settings: GatewaySettings) -> None:

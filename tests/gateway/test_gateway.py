@@ -15,9 +15,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import structlog.testing
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from stip_gateway.admission import Admission
 from stip_gateway.config import GatewaySettings, Limits, ReplicaSettings
 from stip_gateway.link import LinkSessions
@@ -27,12 +29,14 @@ from stip_protocol import rpc
 from stip_protocol.documents import Signed
 from stip_protocol.errors import (
     ConfigurationError,
+    Draining,
     FrameInvalid,
     InstanceRefused,
     LeaseExpired,
     LeaseForeign,
     LeaseMalformed,
     LeaseSpent,
+    ManifestMismatch,
     Overloaded,
     ReplicaLost,
     StipError,
@@ -99,16 +103,25 @@ class ScriptedReplica(model_pb2_grpc.ModelServicer):
     """Answers every slice with its own rows' first row, and remembers what it was handed."""
 
     seen: list[model_pb2.Up] = field(default_factory=list)
-    break_off: bool = False
+    break_off: grpc.StatusCode | None = None
+    """How links end from now on."""
+    card: model_pb2.Card = field(default_factory=lambda: card())
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it was asked for its card."""
+    thinking: asyncio.Event | None = None
+    """What it waits for before it answers that."""
 
     async def Describe(self, request: model_pb2.InstanceRef, context: Any) -> model_pb2.Card:  # noqa: N802
-        return card()
+        self.asked.set()
+        if self.thinking is not None:
+            await self.thinking.wait()
+        return self.card
 
     async def Link(self, requests: AsyncIterator[model_pb2.Up], context: Any) -> AsyncIterator[model_pb2.Down]:  # noqa: N802
         async for up in requests:
             self.seen.append(up)
-            if self.break_off:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            if self.break_off is not None:
+                await context.abort(self.break_off, "gone")
             if up.HasField("open"):
                 yield model_pb2.Down(opened=model_pb2.Opened(session=up.open.session))
             elif up.HasField("feed"):
@@ -305,6 +318,15 @@ MALFORMED: dict[str, tuple[Callable[[bytes], model_pb2.Up], type[StipError]]] = 
     "a count beyond any frame": (lambda s: feeding((s, 0, 2**31), data=b""), FrameInvalid),
     "an empty envelope": (lambda s: model_pb2.Up(), FrameInvalid),
     "a short session handle": (lambda s: opening(b"x", b""), FrameInvalid),
+    "a slice with an endless handle": (lambda s: feeding((s, 0, 1), (s * 9999, 0, 1)), FrameInvalid),
+    "a recall with an endless handle": (
+        lambda s: model_pb2.Up(recall=model_pb2.Recall(session=s * 9999)),
+        FrameInvalid,
+    ),
+    "a request id that says something": (
+        lambda s: model_pb2.Up(open=model_pb2.Open(session=s, request_id="what is my blood pressure?")),
+        FrameInvalid,
+    ),
 }
 
 
@@ -326,12 +348,116 @@ async def test_a_malformed_frame_ends_its_link_and_no_other(running: Running, na
         await neighbour.done_writing()
 
 
-async def test_a_lost_replica_is_reported_as_such(running: Running) -> None:
-    running.replica.break_off = True
+@pytest.mark.parametrize("status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_a_lost_replica_is_reported_as_such(running: Running, status: grpc.StatusCode) -> None:
+    running.replica.break_off = status
     async with running.channel(running.identity) as channel:
         call = running.link(channel)
         await call.write(opening(os.urandom(16), lease(spki_digest(running.identity))))
         assert isinstance(await failure(call), ReplicaLost)
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.01)
+
+
+async def stuffed(running: Running, channel: grpc.aio.Channel) -> Any:
+    """A link whose enclave never reads, with an outbox that is full and stays full."""
+    call = running.link(channel)
+
+    async def write() -> None:
+        while True:
+            await call.write(feeding(*((os.urandom(16), 0, 1) for _ in range(256))))
+
+    writing = asyncio.create_task(write())
+    await settled(
+        lambda: bool(running.service._links) and all(box._room.locked() for box in running.service._links.values())
+    )
+    # The outbox empties into the transport until that is full too: then nothing moves any more.
+    for _ in range(20):
+        await asyncio.sleep(0.02)
+        await settled(lambda: all(box._room.locked() for box in running.service._links.values()))
+    writing.cancel()
+    return call
+
+
+@pytest.fixture
+def small_outbox(running: Running) -> Running:
+    running.service._limits = running.service._limits.model_copy(update={"outbox": 16})
+    return running
+
+
+async def test_an_enclave_that_leaves_without_reading_leaves_no_link_behind(small_outbox: Running) -> None:
+    running = small_outbox
+    async with running.channel(running.identity) as channel:
+        call = await stuffed(running, channel)
+        call.cancel()
+        await settled(lambda: not running.service._links)
+
+
+async def test_draining_waits_for_no_reader_and_bears_links_that_end_meanwhile(small_outbox: Running) -> None:
+    running, other = small_outbox, LINK_CA.issue("ef56")
+    async with running.channel(running.identity) as mine, running.channel(other) as theirs:
+        await stuffed(running, mine)
+        call, session = running.link(theirs), os.urandom(16)
+        await call.write(opening(session, lease(spki_digest(other))))
+        await read(call)
+        drained = asyncio.create_task(running.service.drain())
+        assert (await read(call)).HasField("drain"), "a neighbour that does not read keeps nobody from knowing"
+        call.cancel()
+        await asyncio.wait_for(drained, 10)
+
+
+async def test_a_link_that_waits_for_its_replica_while_a_drain_begins_is_refused(running: Running) -> None:
+    running.replica.thinking = asyncio.Event()
+    async with running.channel(running.identity) as channel:
+        call = running.link(channel)
+        await asyncio.wait_for(running.replica.asked.wait(), 10)
+        await asyncio.wait_for(running.service.drain(), 10)
+        running.replica.thinking.set()
+        assert isinstance(await failure(call), Draining)
+
+
+async def test_links_that_wait_for_their_replica_count_towards_the_limit(running: Running) -> None:
+    running.replica.thinking = asyncio.Event()
+    async with running.channel(running.identity) as channel:
+        calls = [running.link(channel) for _ in range(4)]
+        await asyncio.wait_for(running.replica.asked.wait(), 10)
+        running.replica.thinking.set()
+        await settled(lambda: len(running.service._links) == 2)
+        ended = [call for call in calls if call.done()]
+        for call in calls:
+            call.cancel()
+        assert len(ended) <= 2
+
+
+BAD_CARDS: dict[str, model_pb2.Card] = {
+    "another wire": model_pb2.Card(version=9, instance=INSTANCE, epoch=EPOCH, dtype="float32", width=1),
+    "another epoch": model_pb2.Card(version=1, instance=INSTANCE, epoch=EPOCH + 1, dtype="float32", width=1),
+    "an unknown dtype": model_pb2.Card(version=1, instance=INSTANCE, epoch=EPOCH, dtype="float8", width=1),
+    "rows of nothing": model_pb2.Card(version=1, instance=INSTANCE, epoch=EPOCH, dtype="float32", width=0),
+    "rows beyond any frame": model_pb2.Card(version=1, instance=INSTANCE, epoch=EPOCH, dtype="float32", width=2**31),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CARDS)
+async def test_a_replica_with_a_card_that_cannot_be_served_is_none(running: Running, name: str) -> None:
+    running.replica.card = BAD_CARDS[name]
+    async with running.channel(running.identity) as channel:
+        assert isinstance(await failure(running.link(channel)), ReplicaLost)
+
+
+async def test_a_replica_whose_manifest_changes_is_refused_for_good(running: Running) -> None:
+    [replica] = running.service._replicas._replicas
+    await replica.describe(5)
+    running.replica.card.manifest_digest = bytes(32)
+    for _ in range(2):
+        with pytest.raises(ManifestMismatch):
+            await replica.describe(5)
+        assert replica.card is None
 
 
 async def test_an_unknown_instance_or_a_missing_epoch_opens_no_link(running: Running) -> None:
@@ -361,6 +487,41 @@ async def test_draining_refuses_new_sessions_and_waits_for_the_open_one(running:
         await call.write(model_pb2.Up(close=model_pb2.Close(session=session)))
         assert await asyncio.wait_for(call.read(), 10) is grpc.aio.EOF
         await asyncio.wait_for(drained, 10)
+
+
+def test_a_session_can_be_followed_through_the_log_by_its_request_id_and_nothing_else() -> None:
+    admission = Admission(key=SERVICE_KEY.public_key(), audience=AUDIENCE, limit=2)
+    link = LinkSessions(card(), admission, link_key=bytes(32), sessions=2, slices=8)
+    session, request_id = os.urandom(16), os.urandom(16).hex()
+    with structlog.testing.capture_logs() as lines:
+        up = opening(session, lease(bytes(32), tokens=1))
+        up.open.request_id = request_id
+        link.up(up)
+        link.up(feeding((session, 0, 2)))
+    assert [(line["event"], line["request_id"]) for line in lines] == [
+        ("session opened", request_id),
+        ("refused", request_id),
+        ("session ended", request_id),
+    ]
+    assert session.hex() not in repr(lines)
+
+
+def test_what_a_hostile_replica_says_of_sessions_it_never_had_is_not_kept() -> None:
+    admission = Admission(key=SERVICE_KEY.public_key(), audience=AUDIENCE, limit=2)
+    link = LinkSessions(card(), admission, link_key=bytes(32), sessions=2, slices=8)
+    for _ in range(3):
+        link.down(model_pb2.Down(closed=model_pb2.Closed(session=os.urandom(1 << 20))))
+    assert not link._ended
+
+
+def test_rows_that_were_under_way_when_their_session_was_closed_are_passed_over() -> None:
+    admission = Admission(key=SERVICE_KEY.public_key(), audience=AUDIENCE, limit=2)
+    link = LinkSessions(card(), admission, link_key=bytes(32), sessions=2, slices=8)
+    session = os.urandom(16)
+    link.up(opening(session, lease(bytes(32))))
+    link.up(model_pb2.Up(close=model_pb2.Close(session=session)))
+    passed = link.up(feeding((session, 0, 1)))
+    assert (passed.answers, passed.onward, passed.rows) == ([], [], 0)
 
 
 def test_lease_accounts_are_bounded_and_expired_ones_make_room() -> None:
