@@ -29,7 +29,8 @@ def request_id() -> str:
 
 
 def cancelled_here() -> bool:
-    """True where this task is being cancelled: grpc.aio raises `CancelledError` also for a peer's CANCELLED."""
+    """True where this task is being cancelled: grpc.aio raises `CancelledError` also where only the call was, by
+    another task or by closing its channel."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
