@@ -1,0 +1,30 @@
+"""Rules for the whole suite: in CI a skipped test is a failure, unless it is on this short list."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+ACCEPTED_SKIPS = ("STIP_DCAP_VECTORS", "gramine-direct", "SGX", "GPU")
+"""Words that the reason of an accepted skip names: hardware and material that CI may lack."""
+
+_refused: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect skips that CI does not accept (with xdist this runs where all reports arrive)."""
+    if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
+        reason = str(report.longrepr[2])
+        if not any(word in reason for word in ACCEPTED_SKIPS):
+            _refused.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if os.environ.get("CI") == "true" and _refused and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _refused:
+        terminalreporter.write_line(f"skipped, and CI does not accept it: {line}", red=True)
