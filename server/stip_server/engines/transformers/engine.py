@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,11 +103,10 @@ class TransformersEngine:
         if patience == 0.0:
             return not self._stopped
         self._wake.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._scheduler.next_idle(now) if patience is None else patience):
                 await self._wake.wait()
-        except TimeoutError:
-            return patience is not None and not self._stopped
+        # Also once the wait is over: the session whose row waited may have been closed meanwhile.
         return False
 
     async def _step(self) -> list[Event]:
