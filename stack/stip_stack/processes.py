@@ -40,6 +40,7 @@ class Process:
         self, name: str, argv: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None
     ) -> None:
         self.name = name
+        self.argv = argv
         self.log = log
         self.address = ""
         self.metrics = ""
@@ -79,7 +80,7 @@ class Process:
                         self.address, self.metrics = said["address"], said["metrics"]
                         return
         self.stop(seconds=0.0)
-        raise Unavailable(f"{self.name} did not start (exit {self._process.returncode}):\n{self._end_of_log()}")
+        raise Unavailable(f"{self.name} did not start (exit {self._process.returncode}):\n{self.end_of_log()}")
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
@@ -87,10 +88,15 @@ class Process:
         self._process.wait()
         self._close()
 
+    def terminate(self) -> None:
+        """Ask it to drain and leave (SIGTERM); `stop` waits for it."""
+        if self.running:
+            self._process.terminate()
+
     def stop(self, seconds: float = 20.0) -> int:
         """SIGTERM, then SIGKILL after `seconds`. Returns the exit status; idempotent."""
         if self.running:
-            self._process.terminate()
+            self.terminate()
             try:
                 self._process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -99,13 +105,14 @@ class Process:
         self._close()
         return status
 
+    def end_of_log(self, lines: int = 12) -> str:
+        """The last lines of what the process wrote to stderr."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
     def _close(self) -> None:
         self._log.close()
         if self._process.stdout is not None:
             self._process.stdout.close()
-
-    def _end_of_log(self, lines: int = 12) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def run(argv: Sequence[str], *, seconds: float = 600.0) -> str:

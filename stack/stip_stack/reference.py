@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
-transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class Picks(Protocol):
@@ -51,6 +53,12 @@ class PlainModel:
             out.append(chosen)
             step_ids = torch.tensor([[chosen]])
         return out
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """Teacher-forced: row i [V] is what the model says after `ids[: i + 1]`."""
+        rows: NDArray[np.float32] = self.model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+        return rows
 
     @torch.inference_mode()
     def divergence(self, ids: list[int], plain: list[int], protected: list[int]) -> Divergence | None:

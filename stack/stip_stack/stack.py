@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +16,7 @@ BIN = Path(sys.executable).parent
 
 
 class Stack:
-    """Starts key service, replicas, gateway and enclave in the order they need each other; stops them in reverse.
+    """Starts key service, replicas, gateway and enclave in the order they need each other; stops those in front first.
 
         with Stack(path) as stack:
             instance = stack.protect(model, "hardened")
@@ -31,7 +30,6 @@ class Stack:
         self.workspace = Workspace(path)
         self.processes: dict[str, Process] = {}
         self._environment = dict(environment or {})
-        self._running = ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -91,32 +89,50 @@ class Stack:
             "--insecure-simulated-tee", str(workspace.platform.directory), "--measurement", MEASUREMENT.hex(),
         ]).wait_until_listening()  # fmt: skip
 
-    def enrol(self, user: str, published: Published, *, budget: int = 1_000_000) -> Path:
-        """A user with a fresh key, a budget and access to one instance; returns the path of their profile."""
+    def enrol(self, user: str, published: Published, *more: Published, budget: int = 1_000_000) -> Path:
+        """A user with a fresh key, a budget and access to the instances; returns their profile for the first."""
         folder = self.workspace.path / "user"
         folder.mkdir(mode=0o700, exist_ok=True)
         key = keys.create(folder / f"{user}.pem")
-        self.keyservice(
-            "users", "add", user, "--public-key", key.public.hex(), "--budget", str(budget),
-            "--instance", published.manifest.instance,
-        )  # fmt: skip
+        allowed = [word for each in (published, *more) for word in ("--instance", each.manifest.instance)]
+        self.keyservice("users", "add", user, "--public-key", key.public.hex(), "--budget", str(budget), *allowed)
+        return self.profile(user, published, name=f"profile-{user}")
+
+    def profile(self, user: str, published: Published, *, name: str) -> Path:
+        """`<name>.toml`: the profile of an enrolled user for one instance."""
         return self.workspace.client(
             enclave=self.processes["enclave"].address,
             published=published,
-            user_key=folder / f"{user}.pem",
-            name=f"profile-{user}",
+            user_key=self.workspace.path / "user" / f"{user}.pem",
+            name=name,
         )
 
     def keyservice(self, *arguments: str) -> str:
         """Run a command of the key service's CLI on this stack's home; returns its stdout."""
         return run([str(BIN / "stip-keyservice"), *arguments, "--home", str(self.workspace.home.path)])
 
-    def stop(self) -> None:
-        """Stop every process, the newest first. Idempotent."""
-        self._running.close()
+    def restart(self, name: str) -> None:
+        """Start a process that was stopped or killed (or stop it now) again, where it listened before."""
+        before = self.processes[name]
+        before.stop()
+        self.workspace.listen(name, address=before.address, metrics=before.metrics)
+        self._begin(name, before.argv).wait_until_listening()
 
-    def _begin(self, name: str, argv: list[str]) -> Process:
+    def stop(self) -> dict[str, int]:
+        """Stop every process: enclave, then gateway, then all others at once. Idempotent; exit statuses by name."""
+        front = [self.processes[name] for name in ("enclave", "gateway") if name in self.processes]
+        others = [process for process in self.processes.values() if process not in front]
+        try:
+            for process in front:
+                process.stop()
+        finally:
+            for process in others:
+                process.terminate()
+            for process in others:
+                process.stop()
+        return {name: process.stop() for name, process in self.processes.items()}
+
+    def _begin(self, name: str, argv: Sequence[str]) -> Process:
         process = Process(name, argv, self.workspace.logs / f"{name}.jsonl", environment=self._environment)
-        self._running.callback(process.stop)
         self.processes[name] = process
         return process

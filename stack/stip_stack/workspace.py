@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,12 @@ class Workspace:
                 "simulated_root": str(self.root),
             },
         )
+
+    def listen(self, name: str, *, address: str, metrics: str) -> None:
+        """Fix where the part configured by `<name>.toml` listens."""
+        content = tomllib.loads((self.path / f"{name}.toml").read_text())
+        content["serving"] |= {"listen": address, "metrics": metrics}
+        self.write(f"{name}.toml", content)
 
     def write(self, name: str, content: Mapping[str, Any]) -> Path:
         """A TOML file of this workspace."""
