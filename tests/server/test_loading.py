@@ -1,0 +1,171 @@
+"""From an instance directory to an engine: what is not exactly what was signed does not load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import load_file, save_file
+
+from stip_protocol.errors import CheckpointInvalid, ManifestMismatch, PresetRefused, SignatureInvalid
+from stip_protocol.manifest import Manifest, file_digest
+from stip_server.config import EngineSettings
+from stip_server.engine import Form
+from stip_server.engines.transformers import TransformersEngine, card_for, load
+
+KEY = Ed25519PrivateKey.generate()
+
+
+def sign(instance: Path, **changes: Any) -> None:
+    fields = {
+        "instance": "ab" * 16,
+        "epoch": 3,
+        "preset": "hardened",
+        "dtype": "float32",
+        "width": 48,
+        "vocabulary": 211,
+        "max_positions": 80,
+        "output": "hidden",
+        "server": {path.name: file_digest(path) for path in (instance / "server").iterdir()},
+        "enclave": {},
+        "certificate": {},
+        **changes,
+    }
+    Manifest(**fields).write(instance / "manifest.json", KEY)
+
+
+@pytest.fixture
+def make_instance(tmp_path: Path, make_plain: Any) -> Callable[..., Path]:
+    def make(family: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
+        model = make_plain(family, dtype).model
+        (model if output == "top" else model.base_model).save_pretrained(tmp_path / "server")
+        (tmp_path / "server" / "generation_config.json").unlink(missing_ok=True)
+        preset = "paper" if output == "top" else "hardened"
+        sign(tmp_path, output=output, preset=preset, dtype=str(dtype).removeprefix("torch."))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("output", ["hidden", "top"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+async def test_a_signed_checkpoint_loads_in_its_class_and_dtype(
+    make_instance: Any, family: str, output: str, dtype: torch.dtype
+) -> None:
+    loaded = load(make_instance(family, output, dtype), KEY.public_key(), "cpu")
+    settings = EngineSettings(slots=2)
+    card = card_for(loaded.model, loaded.head, settings, manifest=loaded.manifest, digest=loaded.digest)
+    assert card.dtype == str(dtype).removeprefix("torch.")
+    assert (card.instance, card.epoch, card.width, card.max_positions) == ("ab" * 16, 3, 48, 80)
+    assert card.forms == (Form(output),)
+    assert card.vocabulary == (211 if output == "top" else 0)
+    assert len(card.manifest_digest) == 32
+    await TransformersEngine(loaded.model, loaded.head, card, settings).stop()
+
+
+def flip(instance: Path) -> None:
+    path = instance / "server" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(instance: Path) -> None:
+    path = instance / "server" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def retensor(instance: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = instance / "server" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def reconfigure(instance: Path, **changes: Any) -> None:
+    path = instance / "server" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(flip, id="a flipped bit"),
+        pytest.param(truncate, id="a truncated file"),
+        pytest.param(lambda i: (i / "server" / "model.safetensors").unlink(), id="a missing file"),
+        pytest.param(lambda i: (i / "server" / "tokenizer.json").write_text("{}"), id="an unlisted file"),
+        pytest.param(lambda i: reconfigure(i, rope_theta=1.0), id="another configuration"),
+    ],
+)
+def test_a_checkpoint_that_differs_from_its_manifest_is_refused(make_instance: Any, tamper: Any) -> None:
+    instance = make_instance("llama", "hidden")
+    tamper(instance)
+    with pytest.raises(ManifestMismatch):
+        load(instance, KEY.public_key(), "cpu")
+
+
+def test_a_manifest_by_another_developer_is_refused(make_instance: Any) -> None:
+    instance = make_instance("llama", "hidden")
+    with pytest.raises(SignatureInvalid):
+        load(instance, Ed25519PrivateKey.generate().public_key(), "cpu")
+
+
+NORM = "norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("tamper", "field"),
+    [
+        pytest.param(lambda i: retensor(i, lambda t: t.pop(NORM)), "missing_keys", id="a missing tensor"),
+        pytest.param(
+            lambda i: retensor(i, lambda t: t.update(extra=torch.zeros(1))), "unexpected_keys", id="an unknown tensor"
+        ),
+        pytest.param(
+            lambda i: retensor(i, lambda t: t.update({NORM: torch.zeros(47)})), "mismatched_keys|server", id="a shape"
+        ),
+        pytest.param(
+            lambda i: retensor(i, lambda t: t.update({NORM: t[NORM].half()})), "dtype of norm.weight", id="a dtype"
+        ),
+        pytest.param(truncate, "model.safetensors", id="a truncated file"),
+        pytest.param(lambda i: reconfigure(i, architectures=["LlamaForCausalLM"]), "architectures", id="another class"),
+        pytest.param(lambda i: reconfigure(i, model_type="no_such_model"), "server", id="an unknown architecture"),
+        pytest.param(lambda i: reconfigure(i, hidden_size="wide"), "server", id="a configuration of the wrong type"),
+    ],
+)
+def test_a_signed_checkpoint_that_is_not_whole_is_refused_by_field(make_instance: Any, tamper: Any, field: str) -> None:
+    instance = make_instance("llama", "hidden")
+    tamper(instance)
+    sign(instance)
+    with pytest.raises(CheckpointInvalid, match=f"^({field})"):
+        load(instance, KEY.public_key(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "field"),
+    [
+        ({"width": 49}, CheckpointInvalid, "hidden_size"),
+        ({"dtype": "bfloat16"}, CheckpointInvalid, "dtype"),
+        ({"output": "top", "vocabulary": 212}, CheckpointInvalid, "vocabulary|missing_keys|architectures"),
+        ({"preset": "throughput"}, PresetRefused, "preset"),
+    ],
+)
+def test_a_manifest_that_says_something_else_than_the_checkpoint_is_refused(
+    make_instance: Any, changes: dict[str, Any], error: type[Exception], field: str
+) -> None:
+    instance = make_instance("llama", "hidden")
+    sign(instance, **changes)
+    with pytest.raises(error, match=f"^({field})"):
+        load(instance, KEY.public_key(), "cpu")
+
+
+def test_an_instance_without_its_server_part_is_refused(make_instance: Any) -> None:
+    instance = make_instance("gpt2", "hidden")
+    (instance / "server").rename(instance / "elsewhere")
+    with pytest.raises(CheckpointInvalid, match="server"):
+        load(instance, KEY.public_key(), "cpu")
