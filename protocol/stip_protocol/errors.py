@@ -46,7 +46,8 @@
 
 A code is stable across versions: programs match on `StipError.code`, people read the message and the
 `action`. Messages name a field, what came and what is allowed; they never quote a prompt, an id, a key or
-an embedding, because they cross trust boundaries and land in logs.
+an embedding, because they cross trust boundaries and land in logs. They are one line of printable text, whoever
+wrote them: a peer's message reaches the terminal of somebody who has not verified that peer yet.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from typing import ClassVar, Self
 
 MESSAGE_LIMIT = 600
 """Characters of a message that may cross a network boundary: longer ones are cut."""
+_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Action(StrEnum):
@@ -76,8 +78,8 @@ class StipError(Exception):
     grpc_status: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = "".join(character if character.isprintable() else _UNPRINTABLE for character in message)
+        super().__init__(self.message)
         self.field = field
 
     @classmethod

@@ -33,6 +33,13 @@ def test_an_unknown_code_becomes_the_root_and_its_text_is_bounded() -> None:
     assert len(error.message) < MESSAGE_LIMIT + 200
 
 
+def test_a_peers_message_cannot_move_the_cursor_start_a_line_or_turn_the_text_around() -> None:
+    for code in ("frame_invalid", "made-up\x1b[2J"):
+        text = str(from_code(code, "one\x1b[2J\x1b]0;title\x07\r\ntwo\u202e\u2028three"))
+        assert text.isprintable()
+        assert text.startswith("one")
+
+
 def test_the_docstring_draws_the_whole_tree() -> None:
     from stip_protocol import errors
 
