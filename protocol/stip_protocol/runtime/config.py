@@ -14,12 +14,23 @@ from stip_protocol.errors import ConfigurationError
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base")
-    return path if base is None else Path(base, path.expanduser())
+    try:
+        return path if base is None else Path(base, path.expanduser())
+    except RuntimeError:
+        raise ValueError("the home folder of that user is not known") from None
+
+
+def _require_port(address: str) -> str:
+    if int(address.rpartition(":")[2]) > 0xFFFF:
+        raise ValueError("the port is above 65535")
+    return address
 
 
 ConfigPath = Annotated[Path, AfterValidator(_resolve)]
 """A path in a configuration file: relative ones are relative to the file's folder."""
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.\-]+):\d{1,5}$")]
+Address = Annotated[
+    str, Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.\-]+):[0-9]{1,5}$"), AfterValidator(_require_port)
+]
 """host:port; port 0 takes a free one and announces it."""
 
 
