@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -34,6 +36,8 @@ class Example(Settings):
         ('where = "x"\ncount = "many"', "count"),
         ("count = 1", "where"),
         ('where = "x"\n[serving]\nlisten = "nowhere"', "serving.listen"),
+        ('where = "x"\n[serving]\nlisten = "host:65536"', "serving.listen"),
+        ('where = "~nobody-has-this-name/x"', "where"),
         ("not toml", "TOML"),
     ],
 )
@@ -88,6 +92,51 @@ def test_logs_say_where_something_failed_and_never_with_which_value() -> None:
         "lease tokens: got 2, allowed: at most 1 [lease_spent]",
         "RuntimeError",
     ]
+
+
+OTHER_WAYS_OUT = """
+import gc, logging, threading, warnings
+from stip_protocol.runtime import logs
+logs.configure("enclave", simulated=True)
+def fail():
+    raise ValueError("SENTINEL")
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+class Dying:
+    def __del__(self):
+        fail()
+Dying()
+gc.collect()
+warnings.warn("SENTINEL")
+logging.getLogger("library").error("%d", "SENTINEL")
+"""
+
+
+def test_threads_finalizers_warnings_and_broken_records_say_nothing_of_values() -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER_WAYS_OUT], capture_output=True, text=True, check=True)
+    assert "SENTINEL" not in done.stderr + done.stdout
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"].split(" at ")[0] for line in lines] == [
+        "uncaught in a thread",
+        "uncaught in a finalizer",
+        "py.warnings",
+    ]
+    assert [line["fault"].split(" at ")[0] for line in lines if "fault" in line] == ["ValueError", "ValueError"]
+
+
+def test_a_scraper_that_hangs_up_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    served = MetricsServer("127.0.0.1", 0, CollectorRegistry(), lambda: True, snapshot_seconds=0)
+    try:
+        host, port = served.address.split(":")
+        for _ in range(20):
+            with socket.create_connection((host, int(port))) as scraper:
+                scraper.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+                scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert fetch(served.address, "/healthz")[0] == 200
+    finally:
+        served.stop()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def fetch(address: str, path: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import MutableMapping
 from types import TracebackType
@@ -81,7 +82,24 @@ def configure(part: Part, *, simulated: bool, level: str = "info") -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
 
+    _silence_other_ways_out()
+
+
+def _silence_other_ways_out() -> None:
+    """Whatever Python would print by itself, with messages, arguments and source lines, becomes a log line."""
+    log = structlog.get_logger()
+
     def uncaught(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
-        structlog.get_logger().error("uncaught", fault=fault(error))
+        log.error("uncaught", fault=fault(error))
+
+    def uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+        log.error("uncaught in a thread", fault="none" if args.exc_value is None else fault(args.exc_value))
+
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
+        log.error("uncaught in a finalizer", fault="none" if args.exc_value is None else fault(args.exc_value))
 
     sys.excepthook = uncaught
+    threading.excepthook = uncaught_in_thread
+    sys.unraisablehook = unraisable
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a record that cannot be formatted would be printed with its arguments

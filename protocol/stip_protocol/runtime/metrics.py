@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from stip_protocol.runtime.logs import fault
 
 
 class _Snapshots:
@@ -22,6 +26,15 @@ class _Snapshots:
             if now - self._taken >= self._seconds:
                 self._taken, self._text = now, generate_latest(self._registry)
             return self._text
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A scraper that went away, mostly; the base class would print the exception."""
+        error = sys.exception()
+        structlog.get_logger().info("scrape failed", fault="none" if error is None else fault(error))
 
 
 class MetricsServer:
@@ -59,8 +72,7 @@ class MetricsServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
                 """Scrapes are not worth a log line."""
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server((host, port), Handler)
         self.address = f"{host}:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()

@@ -78,6 +78,7 @@ async def serve(
         await asyncio.wait_for(drain(), settings.drain_seconds)
     except TimeoutError:
         log.warning("drain ran out of time")
-    await server.stop(grace=1.0)
-    metrics.stop()
-    log.info("stopped")
+    finally:
+        await server.stop(grace=1.0)
+        metrics.stop()
+        log.info("stopped")
