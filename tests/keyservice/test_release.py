@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 
-from stip_keyservice.service import instances, release
+from stip_keyservice.service import instances, release, store
 from stip_keyservice.service.auditlog import GENESIS
 from stip_keyservice.service.release import Request
 from stip_protocol import rpc
@@ -478,3 +479,15 @@ async def test_granted_releases_are_counted_and_logged_by_kind(world: World) -> 
     ]
     assert {entry.measurement for entry in world.entries()} == {MEASUREMENT}
     assert {entry.user for entry in world.entries()} == {world.user(alice).id}
+
+
+async def test_a_damaged_grant_is_a_refusal_that_costs_nothing_and_is_logged_as_one(world: World) -> None:
+    alice = world.person("alice")
+    instance, enclave = world.instance(owner=alice), world.enclave()
+    with world.store.write() as db:
+        db.execute(update(store.instances).values(sealed_grant=bytes(64)))
+    delegation = alice.delegate(enclave, instance.id)
+    claims = enclave.claims(await world.challenge(), delegation, instance.id)
+    assert await refusal(world.stub.Release(enclave.request(claims, delegation))) == "integrity_violated"
+    assert world.user(alice).spent == 0
+    assert [(entry.code, entry.tokens) for entry in world.entries()] == [("integrity_violated", None)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stip_keyservice.home import Home
 from stip_keyservice.service import instances, leases, nonces, release, users, vault
@@ -46,6 +46,8 @@ class _Issued:
     instance: Instance
     record: LeaseRecord | None
     """The lease of a bundle; None for a grant."""
+    grant: Grant | None = field(repr=False)
+    """None in the bundle for a shared instance."""
     head: Signed
 
 
@@ -133,17 +135,20 @@ class Issuer:
             user, instance = release.require_entitled(
                 applicant.claims, user, instances.find(db, applicant.claims.instance)
             )
+            # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
+            grant = self._grant(instance) if instance.kind == "dedicated" or applicant.claims.kind == "grant" else None
             record = None
             if applicant.claims.kind == "bundle":
                 record = leases.issue(db, applicant, user, instance, self._policy.lease, now=trail.now)
                 trail.subject |= {"handle": record.handle, "tokens": record.tokens}
             head = self._audit.append(db, trail)
-        return _Issued(instance, record, head)
+        return _Issued(instance, record, grant, head)
 
     def _seal(self, applicant: Applicant, issued: _Issued, now: int) -> tuple[bytes, bytes]:
-        instance, record = issued.instance, issued.record
+        instance, record, grant = issued.instance, issued.record, issued.grant
         if record is None:
-            return seal(self._grant(instance), applicant.claims_bytes, self._home.service)
+            assert grant is not None  # a release without a lease is one of the grant alone
+            return seal(grant, applicant.claims_bytes, self._home.service)
         bundle = Bundle(
             delegation=applicant.delegation_digest,
             user_key=secrets.token_bytes(32),
@@ -156,7 +161,7 @@ class Issuer:
             cache_salt=secrets.token_bytes(32),
             policy_digest=self._policy_digest,
             audit_head=issued.head.to_bytes(),
-            grant=self._grant(instance).to_bytes() if instance.kind == "dedicated" else None,
+            grant=None if grant is None else grant.to_bytes(),
         )
         return seal(bundle, applicant.claims_bytes, self._home.service)
 
