@@ -128,6 +128,26 @@ def test_an_instance_is_added_once_and_removal_destroys_its_grant(made: MadeInst
     store.close()
 
 
+def test_a_removed_grant_is_in_no_file_of_the_home_even_while_the_service_runs(made: MadeInstance, home: Home) -> None:
+    running, store = Store(home.database), Store(home.database)
+    with store.write() as db:
+        grant = instances.add(db, inspect(made.directory, home), storage_key=home.storage_key, owner=None, now=1)
+    sealed = grant.sealed_grant or b""
+    with running.read() as db:
+        assert instances.by_id(db, made.id).sealed_grant == sealed
+
+    def kept() -> list[str]:
+        return [path.name for path in home.path.iterdir() if sealed in path.read_bytes()]
+
+    assert kept()
+    with store.write() as db:
+        instances.remove(db, made.id, now=3)
+    store.forget()
+    assert not kept()
+    store.close()
+    running.close()
+
+
 def test_a_stored_grant_opens_only_in_its_row_under_its_key(made: MadeInstance, home: Home) -> None:
     grant = inspect(made.directory, home).grant
     locked = vault.lock(grant, home.storage_key)

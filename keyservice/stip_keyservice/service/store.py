@@ -161,6 +161,20 @@ class Store:
         with self._available(), self._transaction("DEFERRED") as db:
             yield db
 
+    def forget(self) -> None:
+        """Empty the write-ahead log, where what a committed transaction overwrote can still be read.
+
+        `secure_delete` clears the file itself. Raises `Unavailable` where another process holds the log for longer
+        than `BUSY_SECONDS`; what was committed stands.
+        """
+        connection = self._engine.raw_connection()
+        try:
+            (busy, _, _) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            connection.close()
+        if busy:
+            raise Unavailable("state: done, but another process still reads the write-ahead log; stop it to clear that")
+
     def close(self) -> None:
         self._engine.dispose()
 

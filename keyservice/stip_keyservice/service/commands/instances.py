@@ -55,10 +55,12 @@ def remove(instance: str, home: Path | None) -> None:
     Running sessions end at their next heartbeat. Without the developer's copy of secrets.sealed nobody can open the
     instance again.
     """
-    with open_room(home) as room, room.decision("instance_removed") as trail, room.store.write() as db:
-        removed = instances.remove(db, instance, now=trail.now)
-        trail.subject["instance"] = removed.id
-        room.audit.append(db, trail)
+    with open_room(home) as room:
+        with room.decision("instance_removed") as trail, room.store.write() as db:
+            removed = instances.remove(db, instance, now=trail.now)
+            trail.subject["instance"] = removed.id
+            room.audit.append(db, trail)
+        room.store.forget()
     _show_one(removed)
 
 
