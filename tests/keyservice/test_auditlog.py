@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from stip_keyservice.service.auditlog import AuditEntry, AuditLog, Trail, verify
 from stip_keyservice.service.store import Store
+from stip_protocol import canonical
 from stip_protocol.documents import Signed
 from stip_protocol.errors import BudgetSpent, IntegrityError, SignatureInvalid
 from stip_protocol.release import AuditHead
@@ -43,6 +44,11 @@ def forged_entry(store: Store) -> None:
     edit(store, f"UPDATE audit SET entry = x'{entry.to_bytes().hex()}' WHERE sequence = 3")
 
 
+def other_version(store: Store) -> None:
+    entry = canonical.encode({"ctx": AuditEntry.context, "version": [9, 0]})
+    edit(store, f"UPDATE audit SET entry = x'{entry.hex()}' WHERE sequence = 3")
+
+
 TAMPERING: dict[str, Callable[[Store], None]] = {
     "an edited entry": forged_entry,
     "an entry that is no entry": lambda store: edit(store, "UPDATE audit SET entry = x'a0' WHERE sequence = 3"),
@@ -61,6 +67,8 @@ TAMPERING: dict[str, Callable[[Store], None]] = {
     "a truncated tail": lambda store: edit(store, "DELETE FROM audit WHERE sequence > 4"),
     "an emptied log": lambda store: edit(store, "DELETE FROM audit"),
     "no signed head": lambda store: edit(store, "DELETE FROM audit_head"),
+    "a head that is no document": lambda store: edit(store, "UPDATE audit_head SET signed = x'a0'"),
+    "an entry of another major version": other_version,
 }
 
 

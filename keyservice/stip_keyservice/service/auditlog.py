@@ -23,7 +23,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 
 from stip_keyservice.service.store import Store, audit, audit_head
 from stip_protocol.documents import Document, Signed
-from stip_protocol.errors import FrameInvalid, IntegrityError, StipError
+from stip_protocol.errors import FrameInvalid, IntegrityError, StipError, VersionUnsupported
 from stip_protocol.lease import Bytes16, Bytes32, InstanceId, Seconds, Tokens
 from stip_protocol.release import AuditHead
 
@@ -161,7 +161,10 @@ def verify(store: Store, key: Ed25519PublicKey, *, known: Signed | None = None) 
 def _stored_head(db: Connection, key: Ed25519PublicKey, length: int) -> AuditHead:
     stored = db.execute(select(audit_head.c.signed)).scalar()
     if stored is not None:
-        return Signed.from_bytes(stored).open(AuditHead, key)
+        try:
+            return Signed.from_bytes(stored).open(AuditHead, key)
+        except FrameInvalid:
+            raise IntegrityError("audit head: not a signed head") from None
     if length:
         raise IntegrityError("audit head: missing, though the log has entries")
     return AuditHead(sequence=0, hash=GENESIS, at=0)
@@ -177,7 +180,7 @@ def _require_head(head: AuditHead, sequence: int, found: bytes, what: str) -> No
 def _entry(data: bytes, sequence: int) -> AuditEntry:
     try:
         return AuditEntry.from_bytes(data)
-    except FrameInvalid:
+    except (FrameInvalid, VersionUnsupported):
         raise IntegrityError(f"audit entry {sequence}: not an entry") from None
 
 
