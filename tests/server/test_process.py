@@ -129,7 +129,6 @@ async def test_a_served_instance_answers_and_drains_on_sigterm(config: Path, lla
         pytest.param("slots = 2", "slots = 0", "engine.slots", id="a value out of range"),
         pytest.param("slots = 2", "slot = 2", "engine.slot", id="an unknown key"),
         pytest.param('"developer.pub"', '"ca.pem"', "developer_key", id="no Ed25519 key"),
-        pytest.param('"server.pem"', '"missing.pem"', "missing.pem", id="a missing file"),
     ],
 )
 async def test_a_wrong_configuration_exits_2_and_names_the_field(config: Path, old: str, new: str, said: str) -> None:
