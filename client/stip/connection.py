@@ -124,7 +124,7 @@ class AsyncConnection:
             _warn()
 
     async def verify(self, *, timeout: float = CONNECT_SECONDS) -> Verification:
-        """Verify the same enclave again, now. Raises as `aconnect`; a refusal leaves the connection unusable."""
+        """Verify the same enclave again, now. Raises as `aconnect`; a refusal ends the connection and its sessions."""
         await self._verify(time.monotonic() + timeout)
         return self.verification
 
@@ -204,6 +204,8 @@ class AsyncConnection:
                 self._enclave = await self._examine(examination, held, deadline)
             except (AttestationError, IntegrityError) as refusal:
                 self.examined = examination.finish(refusal)
+                for session in list(self._sessions):
+                    await session.refuse(refusal)
                 raise
             except StipError:
                 # Nobody was refused: the enclave could not be asked. What was verified keeps its pin.

@@ -13,7 +13,7 @@ from stip.chat import Message
 from stip.sampling import Sampling, require_ids
 from stip.stream import FinishReason, Stream, Turn
 from stip.tokenizer import Tokenizer
-from stip_protocol.errors import Cancelled, ConfigurationError, DeadlineExceeded, PositionRefused
+from stip_protocol.errors import Cancelled, ConfigurationError, DeadlineExceeded, PositionRefused, StipError
 
 TURN_SECONDS = 600.0
 """Default time for a whole turn."""
@@ -153,6 +153,10 @@ class AsyncSession:
         """End the session; idempotent."""
         self._closed = True
         await self._stream.close()
+
+    async def refuse(self, refusal: StipError) -> None:
+        """End the session because its enclave is refused by now: no further prompt leaves, `refusal` is raised."""
+        await self._stream.close(refusal)
 
     async def __aenter__(self) -> Self:
         return self

@@ -145,9 +145,9 @@ class Stream:
             await self.close()
             raise DeadlineExceeded(f"turn: the enclave did not stop it within {timeout:.1f} s") from None
 
-    async def close(self) -> None:
-        """End the session; idempotent. The enclave forgets it."""
-        self._end(Cancelled("session: closed"))
+    async def close(self, reason: StipError | None = None) -> None:
+        """End the session, for `reason` where there is one; idempotent. The enclave forgets it."""
+        self._end(reason or Cancelled("session: closed"))
         self._call.cancel()
         self._reader.cancel()
         with suppress(asyncio.CancelledError):

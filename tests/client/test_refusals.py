@@ -378,6 +378,19 @@ async def test_a_connection_can_be_verified_again_at_will(enclave: Any, profile:
     assert len(enclave.nonces) == 3
 
 
+async def test_a_refusal_ends_the_sessions_that_are_open_before_another_prompt_leaves(enclave: Any, profile: Any):
+    async with await stip.aconnect(profile) as connection, await connection.session() as session:
+        old = enclave.attested(bytes(32))
+        enclave.answer = lambda nonce: old
+        with pytest.raises(ReportDataMismatch):
+            await connection.verify()
+        for ask in (lambda: session.generate(SECRET), lambda: session.generate(SECRET)):
+            with pytest.raises(ReportDataMismatch):
+                async for _ in ask():
+                    pass
+    assert enclave.turns == []
+
+
 async def test_a_delegation_near_its_end_is_renewed_after_a_new_verification(
     enclave: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
 ):
