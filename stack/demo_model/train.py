@@ -2,7 +2,7 @@
 
 The whole recipe in one file: read the verses, set them as prose, train a byte-level BPE tokenizer, train a small
 Llama-architecture model with an untied head, measure it on chapters it never saw, write a Hugging Face folder.
-Everything is seeded; with the same text, the same library versions and the same number of threads the run repeats.
+Everything is seeded; with the same text, library versions, processor and number of threads a run repeats.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 BOS, EOS = "<s>", "</s>"
+BOS_ID, EOS_ID = 0, 1  # the trainer numbers special tokens first, in their order
 VERSE = re.compile(r"^(?P<book>[1-3]?[A-Za-z]+)(?P<chapter>\d+):(?P<verse>\d+) (?P<text>.+)$")
 SENTENCE_END = re.compile(r"[.?!][)']*$")
 PROMPTS = ("And the king said", "In the beginning", "Blessed is the man", "The disciples came unto Jesus")
-
 SAMPLERS: dict[str, dict[str, float]] = {
     "greedy": {"do_sample": False},
     "t=0.7": {"do_sample": True, "temperature": 0.7},
@@ -126,14 +127,6 @@ def split(chapters: Chapters, every: int = 20) -> tuple[Chapters, Chapters]:
     return [c for i, c in enumerate(chapters) if i % every != every - 1], chapters[every - 1 :: every]
 
 
-def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of `<s>` or `</s>`; they are the first two ids of the vocabulary."""
-    number = tokenizer.token_to_id(token)
-    if number is None:
-        raise SystemExit(f"the tokenizer lacks {token}")
-    return number
-
-
 def train_tokenizer(chapters: Chapters, vocabulary: int) -> Tokenizer:
     """Byte-level BPE (no unknown token: any UTF-8 text encodes), which puts `<s>` before what it encodes."""
     tokenizer = Tokenizer(models.BPE())
@@ -147,7 +140,7 @@ def train_tokenizer(chapters: Chapters, vocabulary: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(("\n".join(c) for c in chapters), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, special_id(tokenizer, BOS))]
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
     )
     return tokenizer
 
@@ -163,21 +156,20 @@ class Stream:
     def encode(cls, tokenizer: Tokenizer, chapters: Chapters) -> Stream:
         """Paragraphs of a chapter are separated by one newline."""
         ids, starts = list[int](), list[int]()
-        end = special_id(tokenizer, EOS)
         for chapter in chapters:
             for position, paragraph in enumerate(chapter):
                 starts.append(len(ids))
                 last = position == len(chapter) - 1
                 ids += tokenizer.encode(paragraph + ("" if last else "\n"), add_special_tokens=False).ids
-            ids.append(end)
+            ids.append(EOS_ID)
         return cls(torch.tensor(ids, dtype=torch.long), starts)
 
-    def windows(self, starts: list[int], length: int, bos: int) -> torch.Tensor:
+    def windows(self, starts: list[int], length: int) -> torch.Tensor:
         """Rows of `<s>` and the `length` ids from each start: shape [len(starts), length + 1], int64."""
         rows = torch.stack([self.ids[s : s + length] for s in starts])
-        return functional.pad(rows, (1, 0), value=bos)
+        return functional.pad(rows, (1, 0), value=BOS_ID)
 
-    def sample(self, source: random.Random, batch: Callable[[], tuple[int, int]], bos: int) -> Iterator[torch.Tensor]:
+    def sample(self, source: random.Random, batch: Callable[[], tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Endless batches of (rows, length) windows from paragraph starts, each start once before any returns."""
         pool: list[int] = []
         while True:
@@ -189,12 +181,11 @@ class Stream:
                     source.shuffle(pool)
                 if (start := pool.pop()) + length <= len(self.ids):
                     picked.append(start)
-            yield self.windows(picked, length, bos)
+            yield self.windows(picked, length)
 
 
 def build(shape: Shape, tokenizer: Tokenizer) -> LlamaForCausalLM:
     """A randomly initialised Llama with grouped-query attention and its own output head."""
-    bos, eos = special_id(tokenizer, BOS), special_id(tokenizer, EOS)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=shape.width,
@@ -204,13 +195,14 @@ def build(shape: Shape, tokenizer: Tokenizer) -> LlamaForCausalLM:
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.positions,
         tie_word_embeddings=False,
-        bos_token_id=bos,
-        eos_token_id=eos,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
         pad_token_id=None,
         dtype="float32",
     )
     model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)  # type: ignore[no-untyped-call]
+    ends = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
+    model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -221,11 +213,11 @@ def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, stream: Stream, bos: int, length: int) -> float:
+def held_out_loss(model: nn.Module, stream: Stream, length: int) -> float:
     """Loss in float32 over the held-out stream cut into consecutive windows, each predicted from `<s>` on."""
     model.eval()
     starts = list(range(0, len(stream.ids) - length + 1, length))
-    batches = [stream.windows(starts[i : i + 16], length, bos) for i in range(0, len(starts), 16)]
+    batches = [stream.windows(starts[i : i + 16], length) for i in range(0, len(starts), 16)]
     total = sum(float(loss_of(model, rows)) * len(rows) for rows in batches)
     model.train()
     return total / len(starts)
@@ -238,7 +230,7 @@ def continuations(model: Any, tokenizer: Tokenizer, seed: int) -> list[dict[str,
     `model` is a LlamaForCausalLM; its `generate` has no annotation that a caller could satisfy.
     """
     model.eval()
-    results = []
+    results: list[dict[str, str]] = []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt).ids])
         shown = {"prompt": prompt}
@@ -247,7 +239,6 @@ def continuations(model: Any, tokenizer: Tokenizer, seed: int) -> list[dict[str,
             out = model.generate(ids, max_new_tokens=60, attention_mask=torch.ones_like(ids), **settings)
             shown[name] = tokenizer.decode(out[0, ids.shape[1] :].tolist())
         results.append(shown)
-    model.train()
     return results
 
 
@@ -267,9 +258,7 @@ def write(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, positions: i
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def train(
-    model: nn.Module, stream: Stream, bos: int, recipe: Recipe, *, bf16: bool, report: Callable[[int], None]
-) -> int:
+def train(model: nn.Module, stream: Stream, recipe: Recipe, *, bf16: bool, report: Callable[[int], None]) -> int:
     """AdamW with linear warm-up and cosine decay; prints progress, calls `report(step)` about every five minutes.
 
     Weight decay touches matrices only, not norms. Returns the number of steps.
@@ -294,7 +283,7 @@ def train(
         length = recipe.window * (2 if step >= long_from else 1)
         return recipe.tokens_a_step // length, length
 
-    batches = stream.sample(random.Random(recipe.seed), batch, bos)  # noqa: S311 - order, not secrets
+    batches = stream.sample(random.Random(recipe.seed), batch)  # noqa: S311 - order, not secrets
     began = reported = time.monotonic()
     running = 0.0
     for step in range(steps):
@@ -330,23 +319,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
               python train.py kjv.txt --out demo_model
 
             Any plain UTF-8 text works as well: a blank line ends a paragraph. Try `--passes 0.2` first: about a
-            minute on two cores. Fourteen passes over 4.4 MB take half an hour to an hour. The folder is rewritten
-            every five minutes, so a usable model exists early."""),
+            minute on two cores; fourteen passes take half an hour to an hour. The folder is rewritten every five
+            minutes, so a usable model exists early; `--start` anneals a run that had to stop:
+              python train.py kjv.txt --start demo_model --out annealed --passes 2.5 --rate 1.2e-3 --seed 1612
+
+            On busy cores set OMP_WAIT_POLICY=passive: threads that wait then leave their core to others."""),
     )
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="plain text, see below")
     parser.add_argument("--out", required=True, type=Path, help="folder to write (created, files overwritten)")
+    parser.add_argument("--start", type=Path, help="folder of an earlier run: go on from its weights and tokenizer")
     parser.add_argument("--passes", type=float, default=14.0, help="passes over the text (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1611, help="seed of weights and sampling (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument(
-        "--fp32", action="store_true", help="no bfloat16 autocast (weights are float32 either way; slower on new CPUs)"
-    )
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast (weights are float32 either way)")
     arguments = parser.parse_args(argv)
-    for path in arguments.texts:
-        if not path.is_file():
-            parser.error(f"{path} is not a file")
+    if missing := [str(path) for path in arguments.texts if not path.is_file()]:
+        parser.error(f"not a file: {', '.join(missing)}")
+    if arguments.start is not None and not (arguments.start / "tokenizer.json").is_file():
+        parser.error(f"--start {arguments.start}: no tokenizer.json in it; expected a folder that --out wrote")
     return arguments
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -356,29 +352,33 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(arguments.seed)
     shape, recipe = Shape(), Recipe(passes=arguments.passes, peak_rate=arguments.rate, seed=arguments.seed)
     training, held_out = split(read_chapters(arguments.texts))
-    tokenizer = train_tokenizer(training, shape.vocabulary)
-    bos = special_id(tokenizer, BOS)
+    start: Path | None = arguments.start
+    stored = start and Tokenizer.from_file(str(start / "tokenizer.json"))
+    tokenizer = stored or train_tokenizer(training, shape.vocabulary)
     stream, test = Stream.encode(tokenizer, training), Stream.encode(tokenizer, held_out)
     model = build(shape, tokenizer)
+    if start:
+        load_model(model, start / "model.safetensors", strict=True)
     parameters = sum(p.numel() for p in model.parameters())
     characters = sum(len(paragraph) + 1 for chapter in held_out for paragraph in chapter)
     print(f"training: {len(training)} chapters, {len(stream.ids)} tokens")
     print(f"held out: {len(held_out)} chapters, {len(test.ids)} tokens")
+    print(f"{parameters} parameters, vocabulary {tokenizer.get_vocab_size()}")
     if len(test.ids) < shape.positions:
         raise SystemExit(f"the text is too small: {len(test.ids)} tokens held out, {shape.positions} are needed")
-    print(f"{parameters} parameters, vocabulary {tokenizer.get_vocab_size()}")
 
     def report(step: int) -> None:
         write(arguments.out, model, tokenizer, shape.positions)
-        print(f"step {step}: held-out loss {held_out_loss(model, test, bos, recipe.window):.4f}; folder written")
+        print(f"step {step}: held-out loss {held_out_loss(model, test, recipe.window):.4f}; folder written")
 
-    steps = train(model, stream, bos, recipe, bf16=not arguments.fp32, report=report)
+    steps = train(model, stream, recipe, bf16=not arguments.fp32, report=report)
     write(arguments.out, model, tokenizer, shape.positions)
 
-    loss = held_out_loss(model, test, bos, recipe.window)
+    loss = held_out_loss(model, test, recipe.window)
     record = {
-        "text_sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in arguments.texts},
+        "text_sha256": {path.name: _sha256(path) for path in arguments.texts},
         "shape": asdict(shape),
+        "started_from_sha256": _sha256(start / "model.safetensors") if start else None,
         "recipe": asdict(recipe) | {"bf16_autocast": not arguments.fp32, "threads": arguments.threads},
         "parameters": parameters,
         "steps": steps,
@@ -386,13 +386,13 @@ def main(argv: list[str] | None = None) -> int:
         "held_out_tokens": len(test.ids),
         "held_out_loss": round(loss, 4),
         "held_out_perplexity": round(math.exp(loss), 3),
-        "held_out_loss_window_512": round(held_out_loss(model, test, bos, shape.positions), 4),
+        "held_out_loss_window_512": round(held_out_loss(model, test, shape.positions), 4),
         "held_out_bits_per_character": round(loss * len(test.ids) / characters / math.log(2), 4),
         "continuations": continuations(model, tokenizer, arguments.seed),
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (arguments.out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (arguments.out / "evaluation.json").write_text(text, encoding="utf-8")
+    print(text, end="")
     return 0
 
 
