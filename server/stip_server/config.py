@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from pydantic import Field
 
-from pydantic import AfterValidator, Field, ValidationInfo
-
-from stip_protocol.runtime.config import Serving, Settings
-
-
-def _resolve(path: Path, info: ValidationInfo) -> Path:
-    base = (info.context or {}).get("base")
-    return path if base is None else base / path
-
-
-FilePath = Annotated[Path, AfterValidator(_resolve)]
-"""A path; a relative one is taken from the folder of the configuration file."""
+from stip_protocol.runtime.config import ConfigPath, Serving, Settings
 
 
 class EngineSettings(Settings):
@@ -41,13 +29,13 @@ class ServerSettings(Settings):
     """The whole file."""
 
     serving: Serving = Serving()
-    instance: FilePath
+    instance: ConfigPath
     """The instance directory: manifest.json, manifest.json.sig and server/."""
-    developer_key: FilePath
+    developer_key: ConfigPath
     """PEM of the model developer's Ed25519 key, which signs manifests."""
-    certificate: FilePath
-    private_key: FilePath
-    client_ca: FilePath
+    certificate: ConfigPath
+    private_key: ConfigPath
+    client_ca: ConfigPath
     """PEM of the CA whose certificates may link (the operator's own: gateways)."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")
     """Of this replica."""
