@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import grpc.aio
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -42,18 +43,29 @@ REPLY_SECONDS = 20.0
 DELEGATION_SECONDS = 3600
 
 
+def unbounded_channel(
+    address: str, roots: bytes, server_name: str, identity: tuple[bytes, bytes] | None = None
+) -> grpc.aio.Channel:
+    """As `stip_protocol.rpc.channel`, and messages of any size leave."""
+    certificate, key = identity or (None, None)
+    credentials = grpc.ssl_channel_credentials(roots, private_key=key, certificate_chain=certificate)
+    kept = [option for option in rpc.CHANNEL_OPTIONS if option[0] != "grpc.max_send_message_length"]
+    options: list[tuple[str, Any]] = [*kept, ("grpc.ssl_target_name_override", server_name)]
+    return grpc.aio.secure_channel(address, credentials, options=[*options, ("grpc.max_send_message_length", -1)])
+
+
 async def channel_to(stack: Stack, name: str) -> grpc.aio.Channel:
     """A channel to the process `name`, with the credentials its peers would have."""
     workspace, address = stack.workspace, stack.processes[name].address
     if name == "keyservice":
-        return rpc.channel(address, roots=workspace.home.tls_ca.pem, server_name="localhost")
+        return unbounded_channel(address, workspace.home.tls_ca.pem, "localhost")
     if name == "enclave":
-        return rpc.channel(address, roots=await _enclave_pem(address), server_name=ENCLAVE_NAME)
+        return unbounded_channel(address, await _enclave_pem(address), ENCLAVE_NAME)
     roots = (workspace.operator / "ca.pem").read_bytes()
     if name == "gateway":
-        return rpc.channel(address, roots=roots, identity=_link_identity(stack), server_name="gateway")
+        return unbounded_channel(address, roots, "gateway", _link_identity(stack))
     operator = workspace.identity("a gateway")
-    return rpc.channel(address, roots=roots, identity=(operator.certificate, operator.private_key), server_name=name)
+    return unbounded_channel(address, roots, name, (operator.certificate, operator.private_key))
 
 
 class RawClient:
@@ -69,7 +81,7 @@ class RawClient:
         """A channel to the profile's enclave, which is taken at its word."""
         pem = await _enclave_pem(profile.enclave)
         spki = ratls.read(ssl.PEM_cert_to_DER_cert(pem.decode()), now=int(time.time())).spki_sha256
-        async with rpc.channel(profile.enclave, roots=pem, server_name=profile.server_name) as channel:
+        async with unbounded_channel(profile.enclave, pem, profile.server_name) as channel:
             yield cls(channel, profile, spki, keys.load(profile.user_key))
 
     def delegation(self, **changes: Any) -> bytes:
@@ -111,8 +123,15 @@ class RawLink:
     async def open(self, session: bytes | None = None, **fields: Any) -> bytes:
         """Open a session and wait for the answer; its handle. Raises what it is closed with."""
         session = secrets.token_bytes(16) if session is None else session
-        fields = {"output": OUTPUT[self.published.manifest.output], "request_id": secrets.token_hex(16), **fields}
-        await self.send(model_pb2.Up(open=model_pb2.Open(session=session, lease=self.bundle.lease, **fields)))
+        manifest = self.published.manifest
+        fields = {
+            "lease": self.bundle.lease,
+            "output": OUTPUT[manifest.output],
+            "max_positions": manifest.max_positions,
+            "request_id": secrets.token_hex(16),
+            **fields,
+        }
+        await self.send(model_pb2.Up(open=model_pb2.Open(session=session, **fields)))
         down = await self.read()
         if down.HasField("closed"):
             raise from_code(down.closed.code, down.closed.message)
@@ -175,7 +194,7 @@ class RawEnclave:
         roots = (self._stack.workspace.operator / "ca.pem").read_bytes()
         identity = self.identity.link_credentials(bundle.link_certificate)
         address = self._stack.processes["gateway"].address
-        async with rpc.channel(address, roots=roots, identity=identity, server_name="gateway") as channel:
+        async with unbounded_channel(address, roots, "gateway", identity) as channel:
             call: Any = model_pb2_grpc.ModelStub(channel).Link(metadata=route(self.published))
             try:
                 yield RawLink(call, bundle, self.published)

@@ -1,0 +1,164 @@
+"""Two whole systems of real processes, and the plain models they are held against.
+
+`answers` is for tests that only ask; it serves every model under both presets. `refusing` is for tests that remove
+users, tamper, kill and drain; the tests of that group run in the order of their files, and `test_shutdown.py`, the
+last of them, stops it. Each group stays on one worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from stip_keyservice.protect.instance import protect
+from stip_stack.reference import PlainModel
+from stip_stack.stack import Stack
+from stip_stack.trials import Served
+
+DEMO_MODEL = Path(__file__).parents[2] / "stack" / "demo_model"
+SENTINEL = "a violet zebra whispers Quxtallion to 7 marble lighthouses"
+"""A prompt that nothing else says. Every test of the group `refusing` asks with its ids."""
+
+torch.set_num_threads(1)
+
+
+def _randomised(model: Any, seed: int) -> Any:
+    """Every parameter random, norms and biases too, at scales that leave the logits far from flat."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.named_parameters():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim == 2:
+            scale = 0.4 if "wte" in name or "embed_tokens" in name else 1.6 / tensor.shape[-1] ** 0.5
+            tensor.data = noise * scale
+        else:
+            tensor.data = noise * 0.3 + (0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def _gpt2() -> Any:
+    config = GPT2Config(vocab_size=331, n_embd=48, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0)
+    return _randomised(GPT2LMHeadModel(config), 11)
+
+
+def _llama(vocabulary: int, width: int) -> Any:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=512,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _randomised(LlamaForCausalLM(config), 12)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": _gpt2,
+    "llama": lambda: _llama(211, 60),
+    # Its embedding fills three chunks of a sealed file.
+    "wide-llama": lambda: _llama(5003, 128),
+}
+
+
+class System:
+    """A running stack and the instances it serves."""
+
+    def __init__(self, stack: Stack, served: dict[str, Served]) -> None:
+        self.stack, self.served = stack, served
+
+    def __getitem__(self, name: str) -> Served:
+        return self.served[name]
+
+    def server(self, name: str) -> str:
+        """The process that holds an instance."""
+        return f"server-{list(self.served).index(name)}-0"
+
+    def log(self, name: str) -> str:
+        return (self.stack.workspace.logs / f"{name}.jsonl").read_text()
+
+
+def _system(path: Path, chosen: dict[str, tuple[str, str]], **starting: Any) -> Iterator[System]:
+    """Protect and serve instances given as name: (model, preset)."""
+    temporary = path / "temporary"
+    temporary.mkdir(parents=True)
+    with Stack(path / "work", environment={"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}) as stack:
+        home, sources, plain = stack.workspace.home, {"demo": DEMO_MODEL}, {}
+        for model in {model for model, _ in chosen.values()}:
+            if model != "demo":
+                sources[model] = path / model
+                MODELS[model]().save_pretrained(sources[model])
+            plain[model] = PlainModel(sources[model])
+        published = {}
+        for name, (model, preset) in chosen.items():
+            folder = path / "work" / "instances" / name
+            folder.parent.mkdir(exist_ok=True)
+            protect(
+                sources[model],
+                folder,
+                preset=preset,  # type: ignore[arg-type]
+                developer=home.developer,
+                seal_to=home.sealing.public_key(),
+                accept_tied_head=model == "gpt2",
+            )
+            published[name] = stack.workspace.published(folder)
+        stack.start(list(published.values()), engine={"slots": 32, "threads": 1}, **starting)
+        stack.enrol("user", *published.values())
+        yield System(stack, {
+            name: Served(
+                name,
+                each,
+                plain[chosen[name][0]],
+                stack.profile("user", each, name=f"profile-{name}"),
+            )
+            for name, each in published.items()
+        })  # fmt: skip
+
+
+ANSWERING = {
+    f"{model}-{preset}": (model, preset) for model in ("demo", "gpt2", "llama") for preset in ("hardened", "paper")
+}
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Every model under both presets, and nothing that breaks."""
+    yield from _system(tmp_path_factory.mktemp("answers"), ANSWERING, policy={"lease": {"tokens": 8192}})
+
+
+@pytest.fixture(params=ANSWERING)
+def served(request: pytest.FixtureRequest, answers: System) -> Served:
+    return answers[request.param]
+
+
+@pytest.fixture(scope="session")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Two instances in one enclave: `victim` is what tests break, `steady` is what must go on."""
+    yield from _system(
+        tmp_path_factory.mktemp("refusing"),
+        {"victim": ("wide-llama", "hardened"), "steady": ("demo", "paper")},
+        policy={"lease": {"heartbeat_tokens": 16, "tokens": 64}},
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The ends of the parts' logs beside a failure."""
+    report = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if isinstance(value, System):
+                for process in value.stack.processes.values():
+                    report.sections.append((f"log of {process.name}", process.end_of_log(lines=15)))
+    return report
