@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pydantic import Field, model_validator
 
 from stip_protocol.attestation.policy import EvidencePolicy
@@ -29,9 +28,10 @@ from stip_protocol.lease import InstanceId
 from stip_protocol.release import DELEGATION_LIFE_LIMIT
 from stip_protocol.runtime import config
 from stip_protocol.runtime.config import Address, ConfigPath, Settings
+from stip_protocol.runtime.files import read_ed25519, read_file
 
-KEY_LIMIT = 16 * 1024
-"""Bytes of the largest key or certificate file read."""
+ROOT_LIMIT = 16 * 1024
+"""Bytes of the largest root certificate read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,9 @@ class Profile(Settings):
         for field, got, allowed in (("audience", policy.audience, "client"), ("mode", policy.mode, self.mode)):
             if got != allowed:
                 raise PolicyInvalid.because(f"{self.policy.name}: {field}", got, f"{allowed}, as the profile says")
-        root = None if self.simulated_root is None else _read(self.simulated_root, "simulated_root")
+        root = None
+        if self.simulated_root is not None:
+            root = read_file(self.simulated_root, field="simulated_root", limit=ROOT_LIMIT)
         pinned = policy.simulated_root_sha256
         if (root is None) != (pinned is None):
             missing, present = ("the profile", "the policy") if root is None else ("the policy", "the profile")
@@ -98,21 +100,4 @@ class Profile(Settings):
 
     def developer(self) -> Ed25519PublicKey:
         """The key that manifests must be signed with. Raises `ConfigurationError`."""
-        try:
-            key = load_pem_public_key(_read(self.developer_key, "developer_key"))
-        except ValueError:
-            key = None
-        if not isinstance(key, Ed25519PublicKey):
-            raise ConfigurationError.because("developer_key", "another form", "an Ed25519 public key in PEM")
-        return key
-
-
-def _read(path: Path, field: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(KEY_LIMIT + 1)
-    except OSError as error:
-        raise ConfigurationError(f"{field}: {path}: {error.strerror}", field=field) from None
-    if len(data) > KEY_LIMIT:
-        raise ConfigurationError.because(field, f"more than {KEY_LIMIT} bytes", "a key or certificate")
-    return data
+        return read_ed25519(self.developer_key, field="developer_key")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from pathlib import Path
 
 import grpc.aio
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from stip_gateway.admission import Admission
 from stip_gateway.config import GatewaySettings
 from stip_gateway.replicas import Replicas
 from stip_gateway.service import GatewayService
 from stip_protocol import rpc
-from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime import logs
+from stip_protocol.runtime.files import read_ed25519, read_file
 from stip_protocol.runtime.serving import serve
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import model_pb2_grpc
@@ -29,16 +26,19 @@ async def run(settings: GatewaySettings) -> None:
     if settings.simulated:
         structlog.get_logger().warning("simulated evidence is accepted upstream: nothing is protected")
     telemetry = Telemetry("gateway", simulated=settings.simulated)
-    replicas = Replicas(
-        settings.replicas,
-        roots=_read(settings.replica_ca),
-        identity=(_read(settings.replica_certificate), _read(settings.replica_private_key)),
-        limits=settings.limits,
+    identity = (
+        read_file(settings.replica_certificate, field="replica_certificate"),
+        read_file(settings.replica_private_key, field="replica_private_key"),
     )
-    admission = Admission(key=_ed25519(settings.service_key), audience=settings.audience, limit=settings.limits.leases)
+    roots = read_file(settings.replica_ca, field="replica_ca")
+    replicas = Replicas(settings.replicas, roots=roots, identity=identity, limits=settings.limits)
+    key = read_ed25519(settings.service_key, field="service_key")
+    admission = Admission(key=key, audience=settings.audience, limit=settings.limits.leases)
     service = GatewayService(replicas, admission, settings.limits, telemetry)
     credentials = rpc.server_credentials(
-        _read(settings.certificate), _read(settings.private_key), client_ca=_read(settings.link_ca)
+        read_file(settings.certificate, field="certificate"),
+        read_file(settings.private_key, field="private_key"),
+        client_ca=read_file(settings.link_ca, field="link_ca"),
     )
 
     def register(server: grpc.aio.Server) -> None:
@@ -52,20 +52,3 @@ async def run(settings: GatewaySettings) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await refreshing
         await replicas.close()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-
-
-def _ed25519(path: Path) -> Ed25519PublicKey:
-    try:
-        key = load_pem_public_key(_read(path))
-    except ValueError:
-        raise ConfigurationError(f"{path}: not a PEM public key") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise ConfigurationError.because(str(path), type(key).__name__, "an Ed25519 public key")
-    return key

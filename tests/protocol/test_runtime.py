@@ -13,11 +13,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from prometheus_client import CollectorRegistry, Counter
 
 from stip_protocol import telemetry
 from stip_protocol.errors import ConfigurationError, TensorInvalid
 from stip_protocol.runtime.config import ConfigPath, Serving, Settings, load
+from stip_protocol.runtime.files import FILE_LIMIT, read_ed25519, read_file, read_x25519
 from stip_protocol.runtime.metrics import MetricsServer
 from stip_protocol.telemetry import Metric, Telemetry
 from stip_protocol.tensor import FRAME_LIMIT, require_rows, row_bytes, rows_per_frame
@@ -54,6 +58,29 @@ def test_relative_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     assert load(Example, tmp_path / "part.toml").where == tmp_path / "keys/a.pem"
     with pytest.raises(ConfigurationError, match="No such file"):
         load(Example, tmp_path / "missing.toml")
+
+
+def test_a_file_that_is_missing_empty_or_too_large_is_refused_by_its_field(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "large").write_bytes(bytes(FILE_LIMIT + 1))
+    for name, said in (("missing", "No such file"), ("empty", "an empty file"), ("large", "more than")):
+        with pytest.raises(ConfigurationError, match=said) as caught:
+            read_file(tmp_path / name, field="certificate")
+        assert str(caught.value).startswith(f"certificate: {tmp_path / name}")
+
+
+def test_only_an_ed25519_public_key_in_pem_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "key.pub"
+    key = Ed25519PrivateKey.generate().public_key()
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    spki = (Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    for data in (b"no PEM", key.public_bytes_raw(), other.public_bytes(*spki)):
+        path.write_bytes(data)
+        for read in (read_ed25519, read_x25519):
+            with pytest.raises(ConfigurationError, match="service_key"):
+                read(path, field="service_key")
+    path.write_bytes(key.public_bytes(*spki))
+    assert read_ed25519(path, field="service_key") == key
 
 
 LOGGING = """

@@ -16,9 +16,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,12 +23,12 @@ from rich.table import Table
 from stip_keyservice.home import HOME_VARIABLE, Home
 from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
 from stip_protocol.manifest import Preset
+from stip_protocol.runtime.files import read_x25519
 
 if TYPE_CHECKING:
     from stip_keyservice.protect.instance import Protected
 
 EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
-PEM_LIMIT = 1 << 16
 STAGES = {"server": "Server part", "enclave": "Enclave part", "certificate": "Certificate"}
 
 EPILOG = """\b
@@ -119,7 +116,7 @@ def protect(
     try:
         with _terminable(), _progress(quiet) as progress:
             opened = Home.open(home)
-            recipient = _public_key(seal_to) if seal_to else opened.sealing.public_key()
+            recipient = opened.sealing.public_key() if seal_to is None else read_x25519(seal_to, field="seal-to")
             result = _protection()(
                 model,
                 out,
@@ -196,19 +193,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _public_key(path: Path) -> X25519PublicKey:
-    try:
-        with path.open("rb") as file:
-            key = load_pem_public_key(file.read(PEM_LIMIT))
-    except OSError as error:
-        raise ConfigurationError(f"seal-to {path}: {error.strerror}", field="seal-to") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise ConfigurationError.because("seal-to", "no public key in PEM", "an X25519 public key (PEM)") from None
-    if not isinstance(key, X25519PublicKey):
-        raise ConfigurationError.because("seal-to", type(key).__name__, "an X25519 public key (PEM)")
-    return key
 
 
 def _report(result: Protected) -> dict[str, object]:

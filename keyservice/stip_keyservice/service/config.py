@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from pydantic import Field
 
 from stip_keyservice.service.policy import Policy
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime.config import ConfigPath, Serving, Settings
+from stip_protocol.runtime.files import read_file
 
 ROOT_LIMIT = 16 << 10
 """Bytes of the largest root certificate read."""
@@ -55,18 +55,7 @@ def trust(settings: KeyServiceSettings, policy: Policy) -> bytes | None:
             raise ConfigurationError.because(name, got, allowed)
     if settings.simulated_root is None:
         return None
-    der = _read(settings.simulated_root)
+    der = read_file(settings.simulated_root, field="simulated_root", limit=ROOT_LIMIT)
     if hashlib.sha256(der).digest() != policy.evidence.simulated_root_sha256:
         raise ConfigurationError.because("simulated_root", "another root", "the one that the policy pins")
     return der
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(ROOT_LIMIT + 1)
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-    if not 0 < len(data) <= ROOT_LIMIT:
-        raise ConfigurationError.because(str(path), f"{len(data)} bytes", f"1 to {ROOT_LIMIT}")
-    return data

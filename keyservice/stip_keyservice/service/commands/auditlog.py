@@ -13,6 +13,7 @@ from stip_keyservice.service.commands.room import home_option, json_option, mome
 from stip_protocol.documents import Signed
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.release import DER_LIMIT
+from stip_protocol.runtime.files import read_file
 
 
 @click.group("audit-log")
@@ -34,7 +35,7 @@ def verify(head: Path | None, home: Path | None) -> None:
     Without --head a log that was set back together with its signed head looks whole: keep heads elsewhere.
     Exits 1 where the log does not hold.
     """
-    known = None if head is None else Signed.from_bytes(_read(head))
+    known = None if head is None else Signed.from_bytes(read_file(head, field="head", limit=DER_LIMIT))
     with open_room(home) as room:
         found = auditlog.verify(room.store, room.home.service.public_key(), known=known)
     document = {"verified": True, "entries": found.sequence, "hash": found.hash.hex(), "known_head": head is not None}
@@ -79,11 +80,3 @@ def _table(entries: list[dict[str, Any]]) -> object:
     columns = ("sequence", "at", "event", "kind", "code", "user", "instance", "tokens")
     rows = ([entry.get(column, "") for column in columns] for entry in entries)
     return table(columns, rows, empty="No entries.")
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(DER_LIMIT + 1)
-    if len(data) > DER_LIMIT:
-        raise ConfigurationError.because(str(path), "a larger file", f"at most {DER_LIMIT} bytes")
-    return data
