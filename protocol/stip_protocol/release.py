@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field
 
 from stip_protocol import canonical
+from stip_protocol.attestation.evidence import bind
 from stip_protocol.documents import Document
 from stip_protocol.errors import SignatureInvalid
 from stip_protocol.lease import Bytes16, Bytes32, Epoch, InstanceId, Seconds, Tokens
@@ -37,6 +38,8 @@ NONCE_BYTES = 32
 DELEGATION_LIFE_LIMIT = 24 * 3600
 """Seconds of the longest delegation a key service accepts."""
 DER_LIMIT = 4096
+report_data = bind
+"""What the quote over `Claims` carries: as everywhere, SHA-256(claims) ‖ 0³²."""
 
 
 class Delegation(Document):
@@ -152,11 +155,6 @@ class Renewal(Document):
 def service_id(key: Ed25519PublicKey) -> bytes:
     """SHA-256 of the raw public key: how a key service is named in claims."""
     return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).digest()
-
-
-def report_data(claims: bytes) -> bytes:
-    """The 64 bytes a quote binds: SHA-256(claims) ‖ 0³²."""
-    return hashlib.sha256(claims).digest() + bytes(32)
 
 
 def seal_info(claims: bytes, service: bytes) -> bytes:

@@ -52,15 +52,10 @@ def claims(nonce: bytes, tls_key: bytes) -> bytes:
         raise FrameInvalid(f"{FreshnessClaims.context}: {explain(error)}", field="nonce") from None
 
 
-def report_data(data: bytes) -> bytes:
-    """The 64 bytes that the quote over these claims carries."""
-    return bind(data)
-
-
 def answer(provider: EvidenceProvider, nonce: bytes, tls_key: bytes) -> Answer:
     """The enclave's side. Raises `FrameInvalid` for a nonce that is not 32 bytes."""
     made = claims(nonce, tls_key)
-    return Answer(claims=made, evidence=Evidence(provider.quote(report_data(made)), provider.collateral()))
+    return Answer(claims=made, evidence=Evidence(provider.quote(bind(made)), provider.collateral()))
 
 
 def check(data: bytes, *, nonce: bytes, tls_key: bytes) -> bytes:
@@ -75,4 +70,4 @@ def check(data: bytes, *, nonce: bytes, tls_key: bytes) -> bytes:
     for field, got, wanted in (("nonce", found.nonce, nonce), ("TLS key", found.tls_key, tls_key)):
         if not hmac.compare_digest(got, wanted):
             raise ReportDataMismatch.because(f"freshness {field}", got.hex(), wanted.hex())
-    return report_data(data)
+    return bind(data)
