@@ -331,7 +331,7 @@ def test_a_seal_to_file_that_is_no_x25519_key_is_refused(
     public = DEVELOPER.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (tmp_path / "key.pub").write_bytes(content or public)
     arguments = ("--out", tmp_path / "out", "--home", tmp_path / "home", "--seal-to", tmp_path / "key.pub")
-    assert "allowed: an X25519 public key (PEM)" in refusal(checkpoint_of(GPT2), *arguments)
+    assert "allowed: an X25519 public key in PEM" in refusal(checkpoint_of(GPT2), *arguments)
 
 
 def test_more_than_the_disk_holds_is_refused_before_anything_is_written(
