@@ -130,18 +130,25 @@ def file_digest(path: Path) -> FileDigest:
 
 
 def check_files(folder: Path, expected: dict[str, FileDigest]) -> None:
-    """Raise `ManifestMismatch` where a listed file is missing or differs, or an unlisted one is present."""
-    present = {path.name for path in folder.iterdir()} - {"manifest.json", "manifest.json.sig"}
-    if extra := sorted(present - expected.keys()):
-        raise ManifestMismatch.because("files", f"unlisted {extra[0]}", "the files of the signed manifest")
-    for name, digest in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise ManifestMismatch.because(name, "no such file", f"{digest.size} bytes")
-        if path.stat().st_size != digest.size:
-            raise ManifestMismatch.because(f"{name} size", path.stat().st_size, digest.size)
-        if not hmac.compare_digest(file_digest(path).sha256, digest.sha256):
-            raise ManifestMismatch.because(f"{name} sha256", "another digest", digest.sha256)
+    """Raise `ManifestMismatch` where a listed file is missing, unreadable or differs, or an unlisted one is present."""
+    try:
+        present = {path.name for path in folder.iterdir()} - {"manifest.json", "manifest.json.sig"}
+        if extra := sorted(present - expected.keys()):
+            raise ManifestMismatch.because("files", f"unlisted {extra[0]}", "the files of the signed manifest")
+        for name, digest in expected.items():
+            _check_file(folder / name, digest)
+    except OSError as error:
+        what = Path(error.filename or folder).name
+        raise ManifestMismatch(f"{what}: {error.strerror}", field=what) from None
+
+
+def _check_file(path: Path, digest: FileDigest) -> None:
+    if not path.is_file():
+        raise ManifestMismatch.because(path.name, "no such file", f"{digest.size} bytes")
+    if path.stat().st_size != digest.size:
+        raise ManifestMismatch.because(f"{path.name} size", path.stat().st_size, digest.size)
+    if not hmac.compare_digest(file_digest(path).sha256, digest.sha256):
+        raise ManifestMismatch.because(f"{path.name} sha256", "another digest", digest.sha256)
 
 
 def _read(path: Path) -> bytes:

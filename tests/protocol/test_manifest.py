@@ -70,6 +70,13 @@ def test_a_file_that_differs_is_missing_or_was_added_is_refused(tmp_path: Path) 
         check_files(tmp_path, listed)
 
 
+def test_a_folder_that_is_not_there_is_a_mismatch_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "server", tmp_path / "file"):
+        with pytest.raises(ManifestMismatch, match=folder.name):
+            check_files(folder, {})
+
+
 @pytest.mark.parametrize("name", ["../escape", "a/b", ".hidden", ""])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(name: str) -> None:
     with pytest.raises(ValueError, match="server"):
