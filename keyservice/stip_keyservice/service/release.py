@@ -60,7 +60,6 @@ class Applicant:
     delegation: Delegation
     delegation_digest: bytes
     measurement: bytes
-    simulated: bool
 
 
 def read_claims(data: bytes) -> Claims:
@@ -102,7 +101,6 @@ def examine(
         delegation=delegation,
         delegation_digest=claims.delegation,
         measurement=verified.measurement,
-        simulated=verified.simulated,
     )
 
 
