@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from stip_keyservice.service import instances, release, store
 from stip_keyservice.service.auditlog import GENESIS
@@ -432,12 +432,21 @@ async def test_a_flipped_bit_in_quote_or_delegation_is_refused(scene: Scene, at:
         decide(scene, Request(**(fields | {part: bytes(data)})))
 
 
-async def test_pending_challenges_are_bounded_and_free_themselves(world: World) -> None:
-    for _ in range(16):
-        await world.challenge()
-    assert await refusal(world.challenge()) == "overloaded"
-    world.clock.now += 60
-    await world.challenge()
+async def test_pending_challenges_are_bounded_and_a_flood_of_them_locks_nobody_out(world: World) -> None:
+    alice, enclave = world.person("alice"), world.enclave()
+    instance = world.instance(owner=alice)
+    delegation = alice.delegate(enclave, instance.id)
+    first = await world.challenge()
+    kept = [await world.challenge() for _ in range(16)]
+    with world.store.read() as db:
+        assert set(db.execute(select(store.nonces.c.nonce)).scalars()) == {one.nonce for one in kept}
+    for challenge, code in ((first, "nonce_refused"), (kept[0], None)):
+        claims = enclave.claims(challenge, delegation, instance.id)
+        release = world.stub.Release(enclave.request(claims, delegation))
+        if code is None:
+            assert (await release).sealed
+        else:
+            assert await refusal(release) == code
 
 
 async def test_zero_tokens_wanted_means_a_chunk_and_a_chunk_is_the_most(world: World) -> None:

@@ -74,7 +74,7 @@ class Issuer:
         entries.set(self._audit.length())
 
     def challenge(self) -> Challenge:
-        """A fresh nonce. Raises `Overloaded` where too many are pending."""
+        """A fresh nonce."""
         bounds = self._policy.release
         with self._store.write() as db:
             nonce = nonces.issue(db, now=self._now(), seconds=bounds.nonce_seconds, limit=bounds.max_pending_nonces)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import secrets
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, delete, insert, literal_column, select
 
 from stip_keyservice.service.store import Store, nonces
-from stip_protocol.errors import NonceRefused, Overloaded
+from stip_protocol.errors import NonceRefused
 from stip_protocol.release import NONCE_BYTES
 
 
 def issue(db: Connection, *, now: int, seconds: int, limit: int) -> bytes:
-    """A fresh nonce, good until `now + seconds`. Raises `Overloaded` where `limit` of them are pending."""
+    """A fresh nonce, good until `now + seconds`, or until `limit` younger ones are pending.
+
+    Anybody may ask for challenges, so at the limit the oldest gives way: refusing new ones instead would let a
+    stranger with a few requests a second keep every enclave out.
+    """
     db.execute(delete(nonces).where(nonces.c.expires <= now))
-    pending = db.execute(select(func.count()).select_from(nonces)).scalar_one()
-    if pending >= limit:
-        raise Overloaded.because("pending challenges", pending, f"fewer than {limit}; retry in {seconds} s")
+    kept = select(nonces.c.nonce).order_by(nonces.c.expires.desc(), literal_column("rowid").desc()).limit(limit - 1)
+    db.execute(delete(nonces).where(nonces.c.nonce.not_in(kept)))
     nonce = secrets.token_bytes(NONCE_BYTES)
     db.execute(insert(nonces).values(nonce=nonce, expires=now + seconds))
     return nonce
@@ -25,7 +28,7 @@ def issue(db: Connection, *, now: int, seconds: int, limit: int) -> bytes:
 def consume(store: Store, nonce: bytes, *, now: int) -> None:
     """Take the nonce out for good, whatever is decided afterwards: its own transaction, committed here.
 
-    Raises `NonceRefused` where it was never issued, was used before, or has expired.
+    Raises `NonceRefused` where it was never issued, was used before, gave way, or has expired.
     """
     with store.write() as db:
         expires = db.execute(delete(nonces).where(nonces.c.nonce == nonce).returning(nonces.c.expires)).scalar()

@@ -59,6 +59,7 @@ class ReleasePolicy(Settings):
 
     nonce_seconds: int = Field(default=60, ge=1, le=600)
     max_pending_nonces: int = Field(default=1024, ge=1, le=2**20)
+    """Beyond them the oldest gives way."""
     delegation_seconds: int = Field(default=DELEGATION_LIFE_LIMIT, ge=60, le=DELEGATION_LIFE_LIMIT)
 
 
