@@ -29,9 +29,18 @@ class Replica:
         self._manifest_digest: bytes | None = None
 
     async def describe(self, seconds: float) -> model_pb2.Card:
-        """Ask again. Raises the replica's own error or `ReplicaLost`; the card is kept only while it answers."""
+        """Ask again. Raises the replica's own error or `ReplicaLost`, and then it has no card any more; while it
+        is being asked it keeps the one it had.
+        """
+        try:
+            self.card = await self._ask(seconds)
+        except StipError:
+            self.card = None
+            raise
+        return self.card
+
+    async def _ask(self, seconds: float) -> model_pb2.Card:
         wanted = self.settings
-        self.card = None
         try:
             card = await self.stub.Describe(
                 model_pb2.InstanceRef(instance=wanted.instance, epoch=wanted.epoch), timeout=seconds
@@ -41,13 +50,13 @@ class Replica:
         versions.require_wire(card.version, peer=f"replica {wanted.name}")
         if (card.instance, card.epoch) != (wanted.instance, wanted.epoch):
             raise ManifestMismatch.because(
-                f"replica {wanted.name}", f"{card.instance}/{card.epoch}", f"{wanted.instance}/{wanted.epoch}"
+                f"replica {wanted.name}", f"{card.instance[:64]}/{card.epoch}", f"{wanted.instance}/{wanted.epoch}"
             )
         if self._manifest_digest not in (None, card.manifest_digest):
             raise ManifestMismatch(f"replica {wanted.name}: another manifest than before under the same epoch")
         if not 0 < row_bytes(card.dtype, card.width) <= FRAME_LIMIT:
             raise TensorInvalid.because(f"replica {wanted.name} width", card.width, f"rows of 1 to {FRAME_LIMIT} bytes")
-        self.card, self._manifest_digest = card, card.manifest_digest
+        self._manifest_digest = card.manifest_digest
         return card
 
 

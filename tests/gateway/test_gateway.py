@@ -450,6 +450,21 @@ async def test_a_replica_with_a_card_that_cannot_be_served_is_none(running: Runn
         assert isinstance(await failure(running.link(channel)), ReplicaLost)
 
 
+async def test_a_replica_that_is_being_asked_again_still_takes_links(running: Running) -> None:
+    [replica] = running.service._replicas._replicas
+    await replica.describe(5)
+    running.replica.thinking = asyncio.Event()
+    asking = asyncio.create_task(replica.describe(5))
+    async with running.channel(running.identity) as channel:
+        call, session = running.link(channel), os.urandom(16)
+        await call.write(opening(session, lease(spki_digest(running.identity))))
+        assert (await read(call)).opened.session == session
+        assert not asking.done()
+        running.replica.thinking.set()
+        await asking
+        await call.done_writing()
+
+
 async def test_a_replica_whose_manifest_changes_is_refused_for_good(running: Running) -> None:
     [replica] = running.service._replicas._replicas
     await replica.describe(5)
