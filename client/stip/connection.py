@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -80,7 +80,7 @@ class _Enclave:
     channel: PinnedChannel
     certificate: bytes
     verification: Verification
-    delegation: bytes
+    delegation: bytes = field(repr=False)
     renew_at: int
 
 

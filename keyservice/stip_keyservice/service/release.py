@@ -45,10 +45,10 @@ CLAIMS_LIMIT = 2 * DER_LIMIT
 class Request:
     """A release request as it came."""
 
-    claims: bytes
-    quote: bytes
-    collateral: bytes
-    delegation: bytes
+    claims: bytes = field(repr=False)
+    quote: bytes = field(repr=False)
+    collateral: bytes = field(repr=False)
+    delegation: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
