@@ -160,9 +160,10 @@ class Engine(Protocol):
         ...
 
     def recall(self, session: Session, position: int) -> None:
-        """Ask for the full logits behind the `Top` at `position`, the session's last output.
+        """Ask for the full logits behind the `Top` at `position`, the session's last output. Once an output.
 
-        Answered by an `Output` with `Logits`, or by `Ended` where something newer was fed.
+        Answered by an `Output` with `Logits`, or by `Ended` where something newer was fed or the row was asked for
+        before.
         """
         ...
 

@@ -175,6 +175,53 @@ async def test_a_recall_ends_the_session_once_something_newer_was_fed_or_without
                 await direct.next(session)
 
 
+async def test_a_recall_without_an_output_or_a_second_one_ends_the_session(llama: Any, run_direct: Any) -> None:
+    async with run_direct(llama) as direct:
+        silent, eager = direct.open(1, Form.TOP), direct.open(2, Form.TOP)
+        direct.feed(silent, [1, 2, 3], last=False)
+        direct.feed(eager, [1, 2, 3])
+        await direct.next(eager)
+        assert sum(step.rows for step in direct.steps) == 6
+        direct.engine.recall(silent, 2)
+        with pytest.raises(PositionRefused):
+            await direct.next(silent)
+        direct.engine.recall(eager, 2)
+        assert isinstance((await direct.next(eager)).out, Logits)
+        direct.engine.recall(eager, 2)
+        with pytest.raises(PositionRefused):
+            await direct.next(eager)
+
+
+async def test_a_flood_of_recalls_costs_one_row(llama: Any, run_direct: Any) -> None:
+    async with run_direct(llama) as direct:
+        session = direct.open(1, Form.TOP)
+        direct.feed(session, [1, 2, 3])
+        await direct.next(session)
+        for _ in range(1000):
+            direct.engine.recall(session, 2)
+        with pytest.raises(PositionRefused):
+            await direct.next(session)
+        assert await direct.generate(2, [4, 5], 3) == llama.greedy([4, 5], 3)
+
+
+async def test_sessions_that_stay_away_hold_one_row_each_and_it_is_the_right_one(llama: Any, run_direct: Any) -> None:
+    async with run_direct(llama, slots=8) as direct:
+        sessions = [direct.open(name, Form.TOP) for name in range(8)]
+        fed: dict[Any, list[int]] = {session: [] for session in sessions}
+        for going_on in range(8, 0, -1):  # one less with every step
+            for session in sessions[:going_on]:
+                fed[session].append(going_on + session[1][-1])
+                direct.feed(session, fed[session][-1:])
+            for session in sessions[:going_on]:
+                await direct.next(session)
+        # The last step had one session; those of the step before had two in a batch of two.
+        assert sum(row.batch.shape[0] for row in direct.engine._rows.values()) == len(sessions)
+        for session in sessions:
+            direct.engine.recall(session, len(fed[session]) - 1)
+            row = tensor((await direct.next(session)).out.row)
+            torch.testing.assert_close(row, llama.logits(fed[session]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("rows", "count", "position", "error"),
     [

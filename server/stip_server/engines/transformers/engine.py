@@ -7,16 +7,26 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import structlog
 import torch
 from torch import nn
 
-from stip_protocol.errors import StipError, Unavailable
+from stip_protocol.errors import PositionRefused, StipError, Unavailable
 from stip_server.config import EngineSettings
 from stip_server.engine import Card, Ended, Event, Form, Output, Session, Slice, Stepped
 from stip_server.engines.transformers.runner import LogitsRow, Result, Runner
 from stip_server.engines.transformers.scheduler import Batch, Scheduler
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A full row that was asked for and not answered yet."""
+
+    position: int
+    row: LogitsRow
+    asked: float
 
 
 class TransformersEngine:
@@ -38,7 +48,7 @@ class TransformersEngine:
             idle=settings.idle_seconds,
         )
         self._rows: dict[Session, LogitsRow] = {}
-        self._recalls: list[tuple[Session, int, float]] = []
+        self._recalls: dict[Session, Recall] = {}
         self._ended: list[Event] = []
         self._wake = asyncio.Event()
         self._stopped = False
@@ -67,7 +77,11 @@ class TransformersEngine:
     def recall(self, session: Session, position: int) -> None:
         try:
             if self._scheduler.recallable(session, position):
-                self._recalls.append((session, position, time.monotonic()))
+                # Each output is good for one recall: asking again and again would keep everybody's steps waiting.
+                row = self._rows.pop(session, None)
+                if row is None:
+                    raise PositionRefused.because("recall position", position, "that of an output, once")
+                self._recalls[session] = Recall(position, row, time.monotonic())
         except StipError as error:
             self._end(session, error)
         self._wake.set()
@@ -75,7 +89,7 @@ class TransformersEngine:
     def close(self, session: Session) -> None:
         self._scheduler.close(session)
         self._rows.pop(session, None)
-        self._recalls = [recall for recall in self._recalls if recall[0] != session]
+        self._recalls.pop(session, None)
 
     async def stop(self) -> None:
         self._stopped = True
@@ -113,6 +127,8 @@ class TransformersEngine:
         batch = self._scheduler.next(time.monotonic())
         for work in batch.work:
             self._rows.pop(work.sequence.session, None)
+        # Who stays away keeps its own row and not the whole batch that it was computed in.
+        self._rows = {session: row.alone() for session, row in self._rows.items()}
         loop = asyncio.get_running_loop()
         try:
             results, seconds = await loop.run_in_executor(self._worker, self._runner.run, batch)
@@ -153,18 +169,13 @@ class TransformersEngine:
         return events
 
     async def _recalled(self) -> list[Event]:
-        recalls, self._recalls = self._recalls, []
-        loop = asyncio.get_running_loop()
-        events: list[Event] = []
-        for session, position, asked in recalls:
-            row = self._rows.get(session)
-            if row is None or self._stopped:
-                continue
-            queue = time.monotonic() - asked
-            out = await loop.run_in_executor(self._worker, self._runner.logits, row)
-            if self._rows.get(session) is row:
-                events.append(Output(session, position, out, 0.0, queue))
-        return events
+        session, recall = next(iter(self._recalls.items()))
+        queue = time.monotonic() - recall.asked
+        out = await asyncio.get_running_loop().run_in_executor(self._worker, self._runner.logits, recall.row)
+        if self._recalls.get(session) is not recall:  # closed meanwhile
+            return []
+        del self._recalls[session]
+        return [Output(session, recall.position, out, 0.0, queue)]
 
     def _end(self, session: Session, error: StipError) -> None:
         self.close(session)

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +28,12 @@ session's answer."""
 class LogitsRow:
     """The full row behind a `Top`, where it was computed."""
 
-    batch: torch.Tensor
+    batch: torch.Tensor = field(repr=False)
     index: int
+
+    def alone(self) -> LogitsRow:
+        """The row in memory of its own."""
+        return self if len(self.batch) == 1 else LogitsRow(self.batch[self.index : self.index + 1].clone(), 0)
 
 
 @dataclass(frozen=True)
