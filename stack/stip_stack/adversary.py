@@ -86,7 +86,8 @@ class RawClient:
 
     def delegation(self, **changes: Any) -> bytes:
         """A delegation signed by this user, with some fields changed."""
-        return delegate(self._key, self._spki, self._profile.instance, **changes)
+        fields = {"enclave_key": self._spki, "instance": self._profile.instance, **changes}
+        return delegate(self._key, **fields)
 
     async def talk(self, *frames: enclave_pb2.ClientFrame) -> StipError:
         """Send frames and wait for the error that the session ends with."""
@@ -170,7 +171,8 @@ class RawEnclave:
 
     def delegation(self, key: UserKey, **changes: Any) -> bytes:
         """A user's delegation to this enclave."""
-        return delegate(key, self.identity.tls.spki_sha256, self.published.manifest.instance, **changes)
+        fields = {"enclave_key": self.identity.tls.spki_sha256, "instance": self.published.manifest.instance, **changes}
+        return delegate(key, **fields)
 
     async def bundle(self, delegation: bytes, *, rows: int = 256) -> Bundle:
         """What the key service releases. Raises what it refuses with."""
@@ -208,17 +210,16 @@ def route(published: Published) -> tuple[tuple[str, str], ...]:
     return (rpc.INSTANCE_KEY, manifest.instance), (rpc.EPOCH_KEY, str(manifest.epoch))
 
 
-def delegate(key: UserKey, enclave_key: bytes, instance: str, **changes: Any) -> bytes:
-    """A signed delegation, with some fields changed."""
+def delegate(key: UserKey, **fields: Any) -> bytes:
+    """A delegation signed by `key`; `enclave_key` and `instance` are wanted, the rest has honest defaults."""
     fields = {
         "user": key.public,
-        "enclave_key": enclave_key,
         "measurement": MEASUREMENT,
-        "instance": instance,
         "nonce": secrets.token_bytes(32),
         "expires": int(time.time()) + DELEGATION_SECONDS,
+        **fields,
     }
-    return Signed.sign(Delegation.model_validate(fields | changes), key.private).to_bytes()
+    return Signed.sign(Delegation.model_validate(fields), key.private).to_bytes()
 
 
 async def _enclave_pem(address: str) -> bytes:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
@@ -16,24 +14,23 @@ from pathlib import Path
 
 from stip_protocol.errors import StipError, Unavailable
 
-_PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal a child gets when its parent dies, however it dies."""
-
-
-_LIBC = ctypes.CDLL(None)
-"""Loaded before any fork: a child between fork and exec may do little."""
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+_TIED = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal a process gets when the thread that started it ends, however it ends
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""Ties a process to its parent before it becomes the program. Not done between fork and exec: there a parent with
+threads (gRPC's, torch's) leaves the child in no state to run Python."""
 
 
 class Process:
     """A running part. `address` and `metrics` are where it listens.
 
     The child gets a process group of its own, so that Ctrl-C reaches the parent alone, which then stops its
-    children in order; and it is sent SIGTERM when the parent dies without stopping it.
+    children in order; and it is sent SIGTERM when the parent dies without stopping it: when the *thread* that started
+    it ends, as prctl(2) has it, so it is to be started from one that lasts.
     """
 
     def __init__(
@@ -44,15 +41,15 @@ class Process:
         self.log = log
         self.address = ""
         self.metrics = ""
+        self._asked = False
         self._log = log.open("ab")
         self._process = subprocess.Popen(  # the pipe carries the announcement only
-            argv,
+            [sys.executable, "-I", "-S", "-c", _TIED, *argv],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
 
     @property
@@ -89,8 +86,10 @@ class Process:
         self._close()
 
     def terminate(self) -> None:
-        """Ask it to drain and leave (SIGTERM); `stop` waits for it."""
-        if self.running:
+        """Ask it to drain and leave (SIGTERM), once; `stop` waits for it."""
+        if self.running and not self._asked:
+            # A second signal could meet an interpreter that is past its handlers.
+            self._asked = True
             self._process.terminate()
 
     def stop(self, seconds: float = 20.0) -> int:

@@ -21,8 +21,6 @@ from stip_stack.stack import Stack
 from stip_stack.trials import Served
 
 DEMO_MODEL = Path(__file__).parents[2] / "stack" / "demo_model"
-SENTINEL = "a violet zebra whispers Quxtallion to 7 marble lighthouses"
-"""A prompt that nothing else says. Every test of the group `refusing` asks with its ids."""
 
 torch.set_num_threads(1)
 
@@ -68,7 +66,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": _gpt2,
     "llama": lambda: _llama(211, 60),
     # Its embedding fills three chunks of a sealed file.
-    "wide-llama": lambda: _llama(5003, 128),
+    "wide-llama": lambda: _llama(5003, 132),
 }
 
 
