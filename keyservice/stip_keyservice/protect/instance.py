@@ -171,7 +171,7 @@ class _Protection:
             stored_dtype=planned.dtype,
             max_positions=planned.max_positions,
             samples=samples,
-            advance=self._counter("certificate", samples * passes(planned.dtype)),
+            advance=self._counter("certificate", samples * passes(planned.dtype, planned.preset)),
         )
         if not certificate.passed:
             raise IntegrityError(

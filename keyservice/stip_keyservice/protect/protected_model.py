@@ -100,6 +100,25 @@ class ProtectedModel:
                 raise IntegrityError.because("enclave part", f"no {HEAD}", "the keyed head")
             return torch.nn.functional.linear(result.last_hidden_state[0], self._head, self._head_bias)
 
+    def move_within_rounding(self, dtype: torch.dtype, seed: int) -> None:
+        """Move every weight at random by up to half the distance of its neighbours in `dtype`, to what it might
+        have been before it was rounded. Norm weights, which are not rounded anew, stay.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self._model.named_parameters():
+            if parameter.ndim > 1 or name.endswith("bias"):
+                _move_within_rounding(parameter.data, dtype, generator)
+        for table in (self._embedding, self._positions, self._head, self._head_bias):
+            if table is not None:
+                _move_within_rounding(table, dtype, generator)
+
+
+def _move_within_rounding(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """In place, for a float32 tensor of normal numbers of `dtype`; zeros stay."""
+    step = torch.ldexp(torch.full_like(tensor, torch.finfo(dtype).eps / 2), torch.frexp(tensor).exponent)
+    drawn = torch.rand(tensor.shape, generator=generator) - 0.5
+    tensor.add_(torch.where(tensor == 0, 0.0, step * drawn))
+
 
 def _load(kind: Any, directory: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """(model in evaluation mode, what loading found missing or left over)."""
