@@ -149,6 +149,8 @@ class GatewayService(model_pb2_grpc.ModelServicer):
                 link.down(down)
                 self._count(replica, link.sessions - before)
                 await outbox.put(down)
+                # The writer goes first: asking for the next message can wait for this one to leave.
+                await asyncio.sleep(0)
                 self._forward.observe(time.perf_counter() - began)
             raise ReplicaLost("the replica ended the link")
         except grpc.aio.AioRpcError as error:

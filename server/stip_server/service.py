@@ -38,6 +38,8 @@ class ModelService(model_pb2_grpc.ModelServicer):
         self._engine = engine
         self._card = engine.card
         self._telemetry = telemetry
+        self._compute, self._queue = telemetry.stage("compute"), telemetry.stage("queue")
+        self._step_sessions, self._rows = telemetry.histogram(STEP_SESSIONS), telemetry.counter(ROWS)
         self._name = name
         self._drain_seconds = drain_seconds
         self._links: dict[int, Peer] = {}
@@ -99,6 +101,9 @@ class ModelService(model_pb2_grpc.ModelServicer):
         """Hand the engine's events to the links, until the engine stops."""
         async for events in self._engine.steps():
             self._dispatch(events)
+            # What was dispatched leaves first: before it is counted, and before the engine looks for its next step.
+            await asyncio.sleep(0)
+            self._observe(events)
 
     async def drain(self) -> None:
         """No new sessions; returns when the open ones have ended."""
@@ -139,8 +144,8 @@ class ModelService(model_pb2_grpc.ModelServicer):
 
     def _feed(self, peer: Peer, message: wire.Feed) -> None:
         slices = slices_of(message, peer.number, self._card)
-        self._telemetry.counter(ROWS).inc(sum(piece.count for piece in slices))
         self._engine.feed([piece for piece in slices if self._holds(peer, piece.session[1])])
+        self._rows.inc(sum(piece.count for piece in slices))
 
     def _recall(self, peer: Peer, message: wire.Recall) -> None:
         handle = require_handle(message.session)
@@ -176,8 +181,6 @@ class ModelService(model_pb2_grpc.ModelServicer):
         outputs: dict[int, list[Output]] = {}
         for event in events:
             if isinstance(event, Stepped):
-                self._telemetry.stage("compute").observe(event.compute)
-                self._telemetry.histogram(STEP_SESSIONS).observe(event.sessions)
                 continue
             peer = self._links.get(event.session[0])
             if peer is None or event.session[1] not in peer.sessions:
@@ -185,11 +188,18 @@ class ModelService(model_pb2_grpc.ModelServicer):
             if isinstance(event, Ended):
                 self._end(peer, event.session[1], event.error)
             else:
-                self._telemetry.stage("queue").observe(event.queue)
                 outputs.setdefault(peer.number, []).append(event)
         for number, group in outputs.items():
             for frame in fed_frames(group, self._card):
                 self._links[number].send(frame)
+
+    def _observe(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Stepped):
+                self._compute.observe(event.compute)
+                self._step_sessions.observe(event.sessions)
+            elif isinstance(event, Output):
+                self._queue.observe(event.queue)
 
     def _detach(self, peer: Peer) -> None:
         """Free what a stream held. Idempotent."""
