@@ -93,7 +93,8 @@ class Accounts:
 
     def _oldest(self) -> float:
         now = time.monotonic()
-        return max((now - account.began for account in self._accounts.values() if account.in_use), default=0.0)
+        accounts = list(self._accounts.values())  # the metrics server asks from a thread of its own
+        return max((now - account.began for account in accounts if account.in_use), default=0.0)
 
     @asynccontextmanager
     async def _locked(self, digest: bytes) -> AsyncIterator[None]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
 import grpc.aio
 import structlog
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from stip_enclave.accounts import Accounts
 from stip_enclave.config import EnclaveSettings
@@ -23,6 +20,7 @@ from stip_protocol import rpc
 from stip_protocol.attestation.evidence import EvidenceProvider
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime import logs
+from stip_protocol.runtime.files import read_ed25519, read_file
 from stip_protocol.runtime.serving import serve
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import enclave_pb2_grpc
@@ -51,7 +49,7 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider) -> None:
         now=int(time.time()),
     )
     gateway, keyservice, limits = settings.gateway, settings.keyservice, settings.limits
-    gateway_roots = _read(gateway.ca)
+    gateway_roots = read_file(gateway.ca, field="gateway.ca")
 
     def connect(link_certificate: bytes) -> grpc.aio.Channel:
         return rpc.channel(
@@ -61,12 +59,14 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider) -> None:
             server_name=gateway.server_name,
         )
 
-    developer = _ed25519(settings.developer_key)
+    developer = read_ed25519(settings.developer_key, field="developer_key")
     instances = Instances(settings.instances, developer, connect, limits, telemetry)
-    channel = rpc.channel(keyservice.address, roots=_read(keyservice.ca), server_name=keyservice.server_name)
+    channel = rpc.channel(
+        keyservice.address, roots=read_file(keyservice.ca, field="keyservice.ca"), server_name=keyservice.server_name
+    )
     releases = ReleaseClient(
         channel,
-        _ed25519(keyservice.service_key),
+        read_ed25519(keyservice.service_key, field="keyservice.service_key"),
         provider,
         identity,
         telemetry,
@@ -86,20 +86,3 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider) -> None:
         await accounts.stop()
         await instances.stop()
         await channel.close()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-
-
-def _ed25519(path: Path) -> Ed25519PublicKey:
-    try:
-        key = load_pem_public_key(_read(path))
-    except ValueError:
-        raise ConfigurationError(f"{path}: not a PEM public key") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise ConfigurationError.because(str(path), type(key).__name__, "an Ed25519 public key")
-    return key
