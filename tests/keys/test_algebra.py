@@ -38,7 +38,6 @@ FLAT: dict[str, Callable[[KeyStream, int], Key]] = {
     "permutation": draw_permutation,
     "monomial": draw_monomial,
     "orthogonal": draw_orthogonal,
-    "centred": draw_centred_orthogonal,
 }
 PAIRED: dict[str, Callable[[KeyStream, int], Key]] = {"signs": draw_pair_signs, "scalars": draw_pair_scalars}
 
@@ -134,12 +133,17 @@ def test_rotary_keys_commute_with_rotary_positions(half: int, root: bytes, posit
     assert np.allclose(key.matrix().T @ key.dual.matrix(), np.eye(2 * half))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 17])
-def test_centred_orthogonal_keys_fix_the_all_ones_vector(size: int) -> None:
-    key = draw_centred_orthogonal(KeyStream(ROOT, "test"), size).matrix()
-    assert np.allclose(key @ key.T, np.eye(size), atol=1e-13)
-    assert np.allclose(key @ np.ones(size), 1, atol=1e-13)
-    assert np.allclose(key.T @ np.ones(size), 1, atol=1e-13)
+@pytest.mark.parametrize("size", [2, 3, 17])
+def test_centred_keys_are_orthogonal_and_drop_the_mean(size: int) -> None:
+    key = draw_centred_orthogonal(KeyStream(ROOT, "test"), size)
+    centring, matrix = np.eye(size) - 1 / size, key.matrix()
+    for product in (matrix @ matrix.T, key.inverse.matrix() @ matrix, key.dual.matrix().T @ matrix):
+        assert np.allclose(product, centring, atol=1e-13)
+    assert np.allclose(matrix @ np.ones(size), 0, atol=1e-13)
+    assert not key.identity
+    assert not key.exact
+    x = arrays(size, 3)
+    assert np.allclose(np.vstack([key.apply(x, row, row + 1) for row in range(size)]), matrix @ x, atol=1e-13)
 
 
 @pytest.mark.parametrize("draw", [draw_permutation, draw_monomial, draw_orthogonal, draw_centred_orthogonal])
@@ -198,11 +202,11 @@ def test_small_orthogonal_keys_are_haar() -> None:
 
 
 def test_centred_orthogonal_keys_turn_the_rest_of_the_space_freely() -> None:
-    """On the complement of the all-ones vector: E K = J/n, and E tr² of the rest is 1."""
+    """On the complement of the all-ones vector: E K = 0 and E tr² K = 1."""
     stream = KeyStream(ROOT, "centred")
     drawn = np.stack([draw_centred_orthogonal(stream, 4).matrix() for _ in range(4000)])
-    trace = np.trace(drawn, axis1=1, axis2=2) - 1
-    assert np.allclose(drawn.mean(0), 1 / 4, atol=0.04)
+    trace = np.trace(drawn, axis1=1, axis2=2)
+    assert np.allclose(drawn.mean(0), 0, atol=0.04)
     assert [trace.mean(), (trace**2).mean()] == pytest.approx([0, 1], abs=0.07)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -62,6 +62,19 @@ def test_nothing_in_the_server_part_equals_its_source(plain: Plain, preset: str)
         source = plain.state[source_name(plain, name)]
         assert tensor.shape == source.shape
         assert not torch.equal(tensor, source), name
+
+
+def test_hardened_shows_no_mean_of_what_layer_norms_read(models: Models, fixed: dict[str, dict[str, Any]]) -> None:
+    """Means along the residual need no key to be read: of rows, of what writes it, of what reads it."""
+    plain = models.make(fixed["gpt2"])
+    protected = plain.protect("hardened")
+    server, enclave = protected.server, protected.enclave
+    written = [enclave["embedding"], enclave["positions"], server["h.0.attn.c_proj.weight"]]
+    written += [server["h.1.mlp.c_proj.weight"], server["h.0.mlp.c_proj.bias"]]
+    read = [server["h.0.attn.c_attn.weight"].T, server["h.1.mlp.c_fc.weight"].T, enclave["head"]]
+    for tensor in (*written, *read):
+        assert tensor.mean(-1).abs().max() < 1e-13
+    assert plain.state["transformer.wte.weight"].mean(-1).abs().max() > 0.1
 
 
 def test_no_row_of_the_plain_embedding_is_in_either_part(plain: Plain, preset: str) -> None:

@@ -19,7 +19,7 @@ class Group(StrEnum):
     PERMUTATION = "permutation"
     PAIR_SIGNS = "a sign per rotary pair"
     SIGNED_PERMUTATION = "signed permutation"
-    ORTHOGONAL_CENTRED = "orthogonal, fixing the all-ones vector"
+    ORTHOGONAL_CENTRED = "orthogonal, without the all-ones vector"
     PAIR_SCALARS = "a complex scalar per rotary pair"
     MONOMIAL = "permutation and diagonal"
     ORTHOGONAL = "orthogonal"
@@ -37,11 +37,12 @@ _COVERS: dict[Group, tuple[Group, ...]] = {
     Group.ORTHOGONAL: (Group.SIGNED_PERMUTATION, Group.ORTHOGONAL_CENTRED),
     Group.GENERAL: (Group.MONOMIAL, Group.ORTHOGONAL, Group.PAIR_SCALARS),
 }
-"""Direct subgroups. A permutation matrix fixes the all-ones vector; signs of pairs are diagonal."""
+"""Direct subgroups, up to the all-ones direction: a permutation matrix fixes it, and a space that lets it drop lets
+it stay. Signs of pairs are diagonal."""
 
 _NORM = {NormKind.RMS: Group.ORTHOGONAL, NormKind.LAYER: Group.ORTHOGONAL_CENTRED}
 """What a norm commutes with once γ and β are folded: RMSNorm (Zhang and Sennrich 2019) sees the length only,
-LayerNorm (Ba et al. 2016) the mean too."""
+LayerNorm (Ba et al. 2016) what is left without the mean."""
 _AFTER = {
     After.NOTHING: Group.GENERAL,
     After.ELEMENTWISE: Group.PERMUTATION,

@@ -17,7 +17,16 @@ NumPy only: an enclave expands the vocabulary permutation with it. Importing thi
 `gateway` and `client` do not.
 """
 
-from stip_protocol.keys.algebra import Identity, Key, Monomial, Orthogonal, Permutation, RotaryPairs, Term
+from stip_protocol.keys.algebra import (
+    Centred,
+    Identity,
+    Key,
+    Monomial,
+    Orthogonal,
+    Permutation,
+    RotaryPairs,
+    Term,
+)
 from stip_protocol.keys.draw import (
     SCALE_BOUND,
     VOCABULARY_LABEL,
@@ -36,6 +45,7 @@ __all__ = [
     "SCALE_BOUND",
     "VOCABULARY_LABEL",
     "Blocks",
+    "Centred",
     "HeadsKey",
     "Identity",
     "Key",

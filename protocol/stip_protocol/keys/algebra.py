@@ -38,7 +38,10 @@ class Term:
 
 
 class Key(ABC):
-    """An invertible linear map x' = K·x on a space of `size` dimensions. Immutable; its repr has no content."""
+    """An invertible linear map x' = K·x on a space of `size` dimensions (`Centred`: on all of it that is read).
+
+    Immutable; its repr has no content.
+    """
 
     size: int
 
@@ -237,6 +240,18 @@ class Orthogonal(Key):
     @property
     def identity(self) -> bool:
         return bool((self._matrix == np.eye(self.size)).all())
+
+
+class Centred(Orthogonal):
+    """Orthogonal on the complement of the all-ones vector, which it drops: for spaces that LayerNorms alone read.
+
+    They subtract the mean (Ba et al. 2016), so what a vector or a matrix has along (1, …, 1) tells nobody
+    anything but an observer. Invertible up to that mean: `inverse`, the transpose, is the pseudo-inverse.
+    """
+
+    @property
+    def inverse(self) -> Key:
+        return Centred(self._matrix.T)
 
 
 class RotaryPairs(Key):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stip_protocol.keys.algebra import Identity, Key, Monomial, Orthogonal, Permutation, RotaryPairs
+from stip_protocol.keys.algebra import Centred, Identity, Key, Monomial, Orthogonal, Permutation, RotaryPairs
 from stip_protocol.keys.stream import KeyStream
 
 SCALE_BOUND = 2.0
@@ -49,10 +49,10 @@ def draw_orthogonal(stream: KeyStream, size: int) -> Key:
 
 
 def draw_centred_orthogonal(stream: KeyStream, size: int) -> Key:
-    """A Haar-distributed orthogonal matrix among those that fix the all-ones vector: what a LayerNorm allows.
+    """A Haar-distributed orthogonal matrix on the complement of the all-ones vector: what LayerNorms leave to see.
 
-    K = H·diag(1, Q)·H with Q Haar on n-1 dimensions and H the reflection that exchanges e₁ and 1/√n·(1, …, 1):
-    K and Kᵀ fix the all-ones vector, so the mean and the variance that the norm subtracts and divides by stay.
+    K = H·diag(0, Q)·H with Q Haar on n-1 dimensions and H the reflection that exchanges e₁ and 1/√n·(1, …, 1):
+    what the norm subtracts is dropped, and the variance that it divides by stays.
     """
     if size == 1:
         return Identity(size)
@@ -60,11 +60,10 @@ def draw_centred_orthogonal(stream: KeyStream, size: int) -> Key:
     axis[0] += 1.0
     axis /= np.linalg.norm(axis)
     matrix = np.zeros((size, size))
-    matrix[0, 0] = 1.0
     matrix[1:, 1:] = _haar(stream, size - 1)
     matrix -= 2.0 * np.outer(axis, axis @ matrix)
     matrix -= 2.0 * np.outer(matrix @ axis, axis)
-    return Orthogonal(matrix)
+    return Centred(matrix)
 
 
 def draw_pair_scalars(stream: KeyStream, size: int) -> Key:
