@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in _refused:
         terminalreporter.write_line(f"skipped, and CI does not accept it: {line}", red=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep each folder below tests/e2e on one worker: its tests share one running system.
+
+    What `xdist_group` marks are for; but pytest-xdist 3.8 does not see them under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySystem(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.rsplit("/", 1)[0] if nodeid.startswith("tests/e2e/") else nodeid
+
+    return BySystem(config, log) if config.getoption("dist") == "loadgroup" else None

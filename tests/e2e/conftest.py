@@ -1,8 +1,8 @@
 """Two whole systems of real processes, and the plain models they are held against.
 
 `answers` is for tests that only ask; it serves every model under both presets. `refusing` is for tests that remove
-users, tamper, kill and drain; the tests of that group run in the order of their files, and `test_shutdown.py`, the
-last of them, stops it. Each group stays on one worker.
+users, tamper, kill and drain; those run in the order of their files, and `test_shutdown.py`, the last of them, stops
+it. Each has a folder, which stays on one worker (tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stip_stack.stack import Stack
 from stip_stack.trials import Served
 
 DEMO_MODEL = Path(__file__).parents[2] / "stack" / "demo_model"
+START_SECONDS = 400
 
 torch.set_num_threads(1)
 
@@ -112,7 +113,7 @@ def _system(path: Path, chosen: dict[str, tuple[str, str]], **starting: Any) -> 
             )
             published[name] = stack.workspace.published(folder)
         stack.start(list(published.values()), engine={"slots": 32, "threads": 1}, **starting)
-        stack.enrol("user", *published.values())
+        stack.enrol("user", *published.values(), budget=2**40)
         yield System(stack, {
             name: Served(
                 name,
@@ -148,6 +149,13 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         {"victim": ("wide-llama", "hardened"), "steady": ("demo", "paper")},
         policy={"lease": {"heartbeat_tokens": 16, "tokens": 64}},
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test of a system also waits for it to be protected and started."""
+    for item in items:
+        if {"answers", "refusing"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.timeout(START_SECONDS))
 
 
 @pytest.hookimpl(wrapper=True)

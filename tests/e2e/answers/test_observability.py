@@ -21,8 +21,6 @@ from stip_stack.trials import Job, Served
 if TYPE_CHECKING:
     from tests.e2e.conftest import System
 
-pytestmark = pytest.mark.xdist_group("e2e-answers")
-
 
 def value(system: System, process: str, metric: Metric, suffix: str = "", **labels: str) -> float:
     """The sum of a metric's samples with these labels."""

@@ -40,7 +40,6 @@ from stip_stack.workspace import MEASUREMENT
 if TYPE_CHECKING:
     from tests.e2e.conftest import System
 
-pytestmark = pytest.mark.xdist_group("e2e-refusing")
 
 HEARTBEAT = 16
 """`lease.heartbeat_tokens` of this stack's policy."""

@@ -6,12 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 import psutil
-import pytest
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import System
-
-pytestmark = pytest.mark.xdist_group("e2e-refusing")
 
 
 def test_every_part_exits_0_and_no_process_is_left(refusing: System) -> None:

@@ -7,8 +7,6 @@ import pytest
 import stip
 from stip_stack.trials import SAMPLINGS, Job, Served, concurrently
 
-pytestmark = pytest.mark.xdist_group("e2e-answers")
-
 
 async def test_greedy_ids_are_identical_to_the_plain_model_generating_alone(served: Served) -> None:
     prompt = served.prompt(1, 30)

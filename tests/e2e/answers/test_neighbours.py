@@ -24,8 +24,6 @@ from stip_stack.trials import Job, Served, concurrently
 if TYPE_CHECKING:
     from tests.e2e.conftest import System
 
-pytestmark = pytest.mark.xdist_group("e2e-answers")
-
 
 @contextlib.asynccontextmanager
 async def honest_sessions(served: Served, *, seed: int) -> AsyncIterator[None]:

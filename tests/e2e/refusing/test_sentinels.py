@@ -44,7 +44,6 @@ from stip_stack.trials import Served
 if TYPE_CHECKING:
     from tests.e2e.conftest import System
 
-pytestmark = pytest.mark.xdist_group("e2e-refusing")
 
 PROMPT = "a violet zebra whispers Quxtallion to 7 marble lighthouses"
 HOLDERS = (
