@@ -158,8 +158,6 @@ class LeaseAccount:
 
     async def _renew(self) -> None:
         """One renewal, and then everybody who waited goes on or fails."""
-        # Rows that were taken in this turn of the event loop leave first: signing takes longer than writing them.
-        await asyncio.sleep(0)
         try:
             error = await self._attempt()
         except Exception as defect:  # noqa: BLE001 - a defect of ours must end the sessions, not leave them waiting
@@ -189,6 +187,8 @@ class LeaseAccount:
             if self._pending is None:
                 self._pending = self._heartbeat(), self._outputs
             heartbeat, outputs = self._pending
+            # Rows that were taken in this turn of the event loop leave first: signing takes longer than writing them.
+            await asyncio.sleep(0)
             try:
                 held = await self._renewing.renew(self.held, heartbeat)
             except Unavailable as error:
