@@ -63,10 +63,19 @@ def test_a_norm_that_scales_the_residual_leaves_permutations(architecture: Archi
     assert group_of(replace(architecture, norms=norms), "residual", HARDENED) == Group.PERMUTATION
 
 
-def test_one_layer_norm_among_rms_norms_asks_for_the_mean(fixed: dict[str, dict[str, Any]]) -> None:
+def test_one_layer_norm_among_rms_norms_leaves_permutations(fixed: dict[str, dict[str, Any]]) -> None:
+    """One would not miss the mean, the others would; permutations suit both."""
     architecture = expand(fixed["llama"])
     norms = (*architecture.norms[:-1], replace(architecture.norms[-1], kind=NormKind.LAYER))
-    assert cap(replace(architecture, norms=norms), "residual", folds=True) == Group.ORTHOGONAL_CENTRED
+    assert cap(replace(architecture, norms=norms), "residual", folds=True) == Group.PERMUTATION
+
+
+def test_a_reader_without_a_layer_norm_keeps_the_mean(fixed: dict[str, dict[str, Any]]) -> None:
+    architecture = expand(fixed["gpt2"])
+    linears = tuple(
+        replace(linear, norm=None) if linear.name == "layers.0.up" else linear for linear in architecture.linears
+    )
+    assert cap(replace(architecture, linears=linears), "residual", folds=True) == Group.PERMUTATION
 
 
 def test_an_activation_on_a_writer_leaves_permutations(architecture: Architecture) -> None:

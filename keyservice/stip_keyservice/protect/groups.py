@@ -9,11 +9,11 @@ from __future__ import annotations
 from enum import StrEnum
 from functools import reduce
 
-from stip_keyservice.protect.architecture import After, Architecture, Layout, NormKind, Port, Role
+from stip_keyservice.protect.architecture import After, Architecture, Layout, Linear, NormKind, Port, Role
 
 
 class Group(StrEnum):
-    """Matrix groups, from the identity to every invertible matrix."""
+    """Matrix groups, from the identity to every matrix that loses nothing that is read."""
 
     IDENTITY = "identity"
     PERMUTATION = "permutation"
@@ -24,6 +24,7 @@ class Group(StrEnum):
     MONOMIAL = "permutation and diagonal"
     ORTHOGONAL = "orthogonal"
     GENERAL = "invertible"
+    ANY = "invertible on what is read"
 
 
 _COVERS: dict[Group, tuple[Group, ...]] = {
@@ -34,23 +35,23 @@ _COVERS: dict[Group, tuple[Group, ...]] = {
     Group.ORTHOGONAL_CENTRED: (Group.PERMUTATION,),
     Group.PAIR_SCALARS: (Group.PAIR_SIGNS,),
     Group.MONOMIAL: (Group.SIGNED_PERMUTATION,),
-    Group.ORTHOGONAL: (Group.SIGNED_PERMUTATION, Group.ORTHOGONAL_CENTRED),
+    Group.ORTHOGONAL: (Group.SIGNED_PERMUTATION,),
     Group.GENERAL: (Group.MONOMIAL, Group.ORTHOGONAL, Group.PAIR_SCALARS),
+    Group.ANY: (Group.GENERAL, Group.ORTHOGONAL_CENTRED),
 }
-"""Direct subgroups, up to the all-ones direction: a permutation matrix fixes it, and a space that lets it drop lets
-it stay. Signs of pairs are diagonal."""
+"""Direct subgroups. Signs of pairs are diagonal. What may drop the all-ones vector may keep it: a permutation."""
 
 _NORM = {NormKind.RMS: Group.ORTHOGONAL, NormKind.LAYER: Group.ORTHOGONAL_CENTRED}
 """What a norm commutes with once γ and β are folded: RMSNorm (Zhang and Sennrich 2019) sees the length only,
 LayerNorm (Ba et al. 2016) what is left without the mean."""
 _AFTER = {
-    After.NOTHING: Group.GENERAL,
+    After.NOTHING: Group.ANY,
     After.ELEMENTWISE: Group.PERMUTATION,
     After.ROTARY: Group.PAIR_SCALARS,
 }
 _LAYOUT = {
-    Layout.FLAT: Group.GENERAL,
-    Layout.HEADS: Group.GENERAL,
+    Layout.FLAT: Group.ANY,
+    Layout.HEADS: Group.GENERAL,  # attention reads queries and keys whole
     Layout.INDEX: Group.PERMUTATION,
     Layout.PUBLIC: Group.IDENTITY,
 }
@@ -70,15 +71,23 @@ def meet(a: Group, b: Group) -> Group:
 def cap(architecture: Architecture, space: str, *, folds: bool) -> Group:
     """The largest group under which the model's output stays, with norms folded or (`folds` False) left alone."""
     norms = (norm for norm in architecture.norms if norm.space == space)
+    readers = (linear for linear in architecture.linears if linear.reads.space == space)
     writers = (linear for linear in architecture.linears if linear.writes.space == space)
     return reduce(
         meet,
         [
             _LAYOUT[architecture.spaces[space].layout],
             *(_NORM[norm.kind] if folds and not norm.scales else Group.PERMUTATION for norm in norms),
+            *(_read(architecture, linear) for linear in readers),
             *(_written(linear.writes, linear.after) for linear in writers),
         ],
     )
+
+
+def _read(architecture: Architecture, linear: Linear) -> Group:
+    """Only behind a LayerNorm is nothing of the all-ones direction left."""
+    centred = linear.norm is not None and architecture.norm(linear.norm).kind is NormKind.LAYER
+    return Group.ANY if centred else Group.GENERAL
 
 
 def _written(port: Port, after: After) -> Group:
