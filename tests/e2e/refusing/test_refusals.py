@@ -23,7 +23,9 @@ from stip_protocol import telemetry
 from stip_protocol.errors import (
     AttestationError,
     BudgetSpent,
+    ChannelChanged,
     DelegationRefused,
+    Draining,
     ReplicaLost,
     SealedPartInvalid,
     StipError,
@@ -205,6 +207,22 @@ async def test_a_client_in_production_sends_a_simulated_enclave_nothing_but_a_ch
     assert refusing.log("enclave").count("session opened") == before
     assert scrape_prompt_tokens(refusing) == tokens
     assert not (await stip.averify(production)).verified
+
+
+async def test_a_restarted_enclave_is_another_one_until_it_is_verified_again(refusing: System) -> None:
+    steady, stack = refusing["steady"], refusing.stack
+    async with session_of(steady.profile) as (connection, session):
+        first = Job(steady.prompt(11, 6), max_tokens=4)
+        steady.require_plain(first, await first.run(session))
+        stack.restart("enclave")
+        tokens = scrape_prompt_tokens(refusing)
+        _, failure = await heard(session.generate(steady.prompt(12, 6), max_tokens=4))
+        assert isinstance(failure, Draining)
+        with pytest.raises(ChannelChanged):
+            await connection.session()
+        assert scrape_prompt_tokens(refusing) == tokens
+    for name in ("steady", "victim"):
+        await require_going_on(refusing[name])
 
 
 def scrape_prompt_tokens(system: System) -> list[str]:
