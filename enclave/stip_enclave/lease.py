@@ -102,6 +102,10 @@ class LeaseAccount:
     def leave(self, holder: Holder) -> None:
         """The session has ended. Idempotent."""
         self._holders.discard(holder)
+        self.withdraw(holder)
+
+    def withdraw(self, holder: Holder) -> None:
+        """The holder needs no rows after all: neither called nor failed for having waited. Idempotent."""
         self._waiting.pop(holder, None)
 
     def take(self, rows: int, holder: Holder, resume: Callable[[], None]) -> int:

@@ -256,6 +256,7 @@ class Session:
         assert self._turn is not None
         self._turn.ended = True
         self._turn, self._stalled = None, False
+        self._account.withdraw(self)
         self.frames.put_nowait(_step(kind, 0, self._length))
         if self._leaving:
             self.frames.put_nowait(None)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stip_enclave import lease
 from stip_enclave.config import Limits
 from stip_enclave.turns import TurnRequest
-from stip_protocol.errors import FrameInvalid, PositionRefused, RequestInvalid, StipError
+from stip_protocol.errors import FrameInvalid, PositionRefused, RequestInvalid, StipError, Unavailable
 from stip_protocol.wire import enclave_pb2
 
 PROMPT = [5, 17, 3]
@@ -93,6 +94,26 @@ async def test_a_cancelled_turn_drops_the_output_under_way_and_the_session_goes_
     made.replica.hold.set()
     assert await talk.rest() == (made.toy.generate([40], 3), 2)
     assert fed_positions(made)[:4] == [0, 1, 2, 3]
+
+
+async def test_a_turn_cancelled_while_its_lease_is_renewed_does_not_fall_with_the_renewal(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RETRY_SECONDS", ())
+    made = await bench()
+    account = made.account(heartbeat_tokens=2)
+    made.renewing.gate, made.renewing.refusals = asyncio.Event(), [Unavailable("away")]
+    waiting, cancelled = await made.session(account), await made.session(account)
+    for talk in (waiting, cancelled):
+        talk.begin(PROMPT, max_tokens=4)
+    for talk in (waiting, cancelled):
+        await talk.frame()  # the bound is reached: both want another row
+    cancelled.session.cancel()
+    assert await cancelled.rest() == ([], 3)
+    made.renewing.gate.set()
+    assert await waiting.failure() == "unavailable"
+    cancelled.begin([40], max_tokens=3)
+    assert await cancelled.rest() == (made.toy.generate([40], 3), 2)
 
 
 async def test_cancelling_nothing_is_nothing(bench: Any) -> None:
