@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from stip_keyservice.protect.memory import protect_state
 from stip_keyservice.protect.plan import Plan
+from stip_keyservice.protect.state_dict import protect_state
 from stip_protocol.keys import Permutation
 
 ROOT = bytes(range(32))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from stip_keyservice.protect.folding import TORCH_DTYPE
-from stip_keyservice.protect.memory import StateSource
+from stip_keyservice.protect.state_dict import StateSource
 from stip_protocol.keys import VOCABULARY_LABEL, Permutation, derive, vocabulary_key
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from stip_keyservice.protect.memory import StateSource, headers_of, protect_state
 from stip_keyservice.protect.plan import TensorHeader, plan
+from stip_keyservice.protect.state_dict import StateSource, headers_of, protect_state
 from stip_protocol.errors import (
     ArchitectureUnsupported,
     CheckpointInvalid,
