@@ -17,9 +17,11 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -29,12 +31,15 @@ from benchmarks.models import SUBJECTS, Subject
 from benchmarks.protected import Streams
 from benchmarks.results import AGAIN, BASE, PLAIN, WITHOUT_HEAD, Cell, ModelResult, Results, compare
 from stip.connection import AsyncConnection, aconnect
+from stip_server.config import EngineSettings
 from stip_stack import latency
 from stip_stack.stack import Stack
 from stip_stack.workspace import Published
 
 DOCS = machine.ROOT / "docs" / "benchmarks"
 SLOTS = 16
+STEADY = 16
+"""Tokens a stream that are measured at least, after the last stream began."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Plan:
     @property
     def steps(self) -> int:
         """Runs in all, for the progress bar."""
-        per_model = sum((rounds + 1) * len(self.arms) for rounds in self.rounds.values())
-        return len(self.subjects) * (per_model + len(self.presets) + 2)
+        rounds = 1 + sum(self.rounds.values())
+        return len(self.subjects) * (rounds * len(self.arms) + len(self.presets) + 2)
 
 
 class Bench:
@@ -112,6 +117,7 @@ class Bench:
                 preset: Streams(each, partial(_head, enclave) if WITHOUT_HEAD[preset] else None)
                 for preset, each in connections.items()
             }
+            await self._round(Cell(1), "warming up", np.zeros((1, plan.prompt), int), protected, direct, plan.arms)
             cells = [await self._cell(subject, streams, vocabulary, protected, direct) for streams in plan.streams]
         finally:
             for connection in connections.values():
@@ -126,24 +132,36 @@ class Bench:
     async def _cell(
         self, subject: Subject, streams: int, vocabulary: int, protected: dict[str, Streams], direct: DirectEngine
     ) -> Cell:
-        """All rounds at one number of streams. The first one warms up and is not counted."""
+        """All rounds at one number of streams."""
         plan = self._plan
-        rounds = plan.rounds[streams]
         order = random.Random(plan.seed)  # noqa: S311 - the order of arms is no secret
         prompts = np.random.default_rng(plan.seed)
-        cell = Cell(streams)
-        for number in range(rounds + 1):
-            ids = prompts.integers(vocabulary, size=(streams, plan.prompt)).tolist()
-            for arm in order.sample(plan.arms, len(plan.arms)):
-                self._say(f"{subject.name}: {streams} streams, round {number} of {rounds}, {arm}")
-                if arm in protected:
-                    samples = await protected[arm].run(ids, plan.tokens)
-                else:
-                    output = "hidden" if arm == BASE else "top"
-                    samples = await asyncio.to_thread(direct.run, Order(ids, plan.tokens, output))
-                if number:
-                    cell.runs[arm].append(samples)
+        cell, rounds = Cell(streams), plan.rounds[streams]
+        for number in range(1, rounds + 1):
+            what = f"{subject.name}: {streams} streams, round {number} of {rounds}"
+            ids = prompts.integers(vocabulary, size=(streams, plan.prompt))
+            await self._round(cell, what, ids, protected, direct, order.sample(plan.arms, len(plan.arms)))
         return cell
+
+    async def _round(
+        self,
+        cell: Cell,
+        what: str,
+        ids: NDArray[Any],
+        protected: dict[str, Streams],
+        direct: DirectEngine,
+        arms: list[str],
+    ) -> None:
+        """Every arm once, on the prompts `ids` [streams, tokens]."""
+        prompts = ids.tolist()
+        for arm in arms:
+            self._say(f"{what}, {arm}")
+            if arm in protected:
+                samples = await protected[arm].run(prompts, self._plan.tokens)
+            else:
+                order = Order(prompts, self._plan.tokens, "hidden" if arm == BASE else "top")
+                samples = await asyncio.to_thread(direct.run, order)
+            cell.runs[arm].append(samples)
 
     def _say(self, what: str) -> None:
         self._progress.update(self._task, advance=1, description=what)
@@ -181,7 +199,7 @@ def main(
     """Measure, print a table, and write latency.md and latency.json."""
     facts = machine.here()
     if quick:
-        models, streams, rounds, prompt_tokens, new_tokens = "demo", "1,4", rounds or 1, 16, 16
+        models, streams, rounds, prompt_tokens, new_tokens = "demo", "1,4", rounds or 1, 16, 24
     counts = tuple(_counts(streams))
     plan = Plan(
         subjects=tuple(SUBJECTS[name] for name in _chosen("models", models, list(SUBJECTS))),
@@ -194,6 +212,12 @@ def main(
         seed=seed,
         hop_trips=4 if quick else 64,
     )
+    needed = max(counts) * -(-prompt_tokens // EngineSettings().prefill_chunk) + STEADY
+    if new_tokens < needed:
+        # While prompts are computed, chunk by chunk, the streams that began before have a token for each chunk.
+        raise click.BadParameter(
+            f"{new_tokens}; with these streams and prompts at least {needed}", param_hint="--new-tokens"
+        )
     began = time.monotonic()
     columns = (TextColumn("{task.description:<52}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:

@@ -32,6 +32,7 @@ class Streams:
             run = _Run(sessions, prompts, tokens)
             before = asyncio.create_task(self._reading(run.decoding))
             await asyncio.gather(*(run.stream(number) for number in range(len(prompts))))
+            run.decoding.set()
             count, seconds = await before
         ends, until = await self._reading(run.decoding)
         head = (until - seconds) / (ends - count) if ends > count else None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +32,7 @@ METHOD = """\
 - In every round each arm runs once, in random order, on the same prompts (random ids). The plain arm runs twice a
   round; **control** is the second over the first: two measurements of the same thing. A ratio within the control's
   interval is no difference.
-- Numbers are ratios of medians over all rounds (one further round warms up and is not counted), with the central
+- Numbers are ratios of medians over all rounds (a round before them warms up), with the central
   95 % of a bootstrap over rounds in brackets.
 - **Time per token** is the time between two tokens of a stream while every stream decodes. **Time to first token**
   is from the prompt's departure to its first token; sessions are open before. With several streams all prompts depart
@@ -46,7 +48,7 @@ METHOD = """\
 def write(results: Results, folder: Path) -> None:
     """Both files, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(dataclasses.asdict(results), indent=2, allow_nan=False)
+    data = json.dumps(_finite(dataclasses.asdict(results)), indent=2, allow_nan=False)
     (folder / DATA).write_text(data + "\n")
     (folder / PAGE).write_text(page(results))
 
@@ -151,7 +153,7 @@ def _answers(results: Results) -> str:
 
 def _stages(model: ModelResult) -> str:
     rows = [
-        (row.part, row.name, str(row.count), _ms(row.mean), f"≤ {_ms(row.p50)}", f"≤ {_ms(row.p95)}", row.help)
+        (row.part, row.name, str(row.count), _ms(row.mean), _bound(row.p50), _bound(row.p95), row.help)
         for row in model.stages
     ]
     hop = model.hop
@@ -170,8 +172,21 @@ def _stages(model: ModelResult) -> str:
     )
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no infinity; the bound of a histogram's last bucket is one, and becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if value == math.inf else value
+
+
 def _load(load: float) -> str:
     return f"{load}" if load <= BUSY else f"{load}: **not a quiet machine; read ratios and their controls only**"
+
+
+def _bound(seconds: float) -> str:
+    return "beyond the last" if seconds == math.inf else f"≤ {_ms(seconds)}"
 
 
 def _ms(seconds: float | None) -> str:

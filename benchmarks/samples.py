@@ -18,7 +18,9 @@ class Samples:
 
     @property
     def first(self) -> list[float]:
-        """Time to first token of each stream."""
+        """Time to first token of each stream. Raises `ValueError` where one ended before another began."""
+        if not all(self.times):
+            raise ValueError("a stream had all its tokens before another had its first: ask for more tokens")
         return [times[0] for times in self.times]
 
     @property
