@@ -16,8 +16,9 @@ class EngineSettings(Settings):
     """Rows of one session, at most what the manifest allows (the default)."""
     prefill_chunk: int = Field(default=64, ge=1)
     """Rows of a prompt in one step: running sessions wait for at most one such step."""
-    gather_window_ms: float = Field(default=2.0, ge=0, le=1000)
-    """The longest wait for running sessions that are about to return, before a step starts without them."""
+    gather_window_ms: float = Field(default=50.0, ge=0, le=1000)
+    """The longest wait for running sessions that are about to return, before a step starts without them. Half a
+    step is waited at most, and only for sessions that usually return in that time; 0 never waits."""
     threads: int | None = Field(default=None, ge=1)
     """Of the math library; its own choice by default."""
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")

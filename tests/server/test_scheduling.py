@@ -35,7 +35,7 @@ def start(plan: Scheduler, name: int, rows: int, now: float = 0.0) -> None:
 
 
 def finish(plan: Scheduler, batch: Batch, now: float) -> None:
-    for sequence in plan.computed(batch, seconds=0.001, now=now):
+    for sequence in plan.computed(batch, seconds=0.1, now=now):
         sequence.answer(now)
 
 
@@ -103,6 +103,54 @@ def test_the_window_follows_the_observed_return_times() -> None:
     for _ in range(100):
         gather.returned(0.2)
     assert gather.expected_return == pytest.approx(0.2, rel=0.05)
+
+
+def test_a_step_waits_half_a_step_at_most() -> None:
+    gather = GatherWindow(1.0)
+    gather.returned(0.004)
+    gather.stepped(0.04)
+    assert 0 < gather.patience([10.0], ready=10.0, now=10.0) <= 0.02
+    assert gather.patience([10.0], ready=10.0, now=10.021) == 0.0
+
+
+def test_nobody_waits_for_sessions_that_usually_take_longer_than_the_wait_may_last() -> None:
+    gather = GatherWindow(1.0)
+    gather.stepped(0.04)
+    for _ in range(100):
+        gather.returned(0.03)
+    assert gather.patience([10.0], ready=10.0, now=10.0) == 0.0
+    assert gather.patience([9.985], ready=10.0, now=10.0) > 0.0
+
+
+def test_alternating_half_batches_find_together() -> None:
+    plan, now = scheduler(window=0.05), 0.0
+    for name in range(1, 5):
+        start(plan, name, 1)
+    halves: list[Batch] = []
+    batch = plan.next(now)
+    position = dict.fromkeys(range(1, 5), 1)
+    # The first two return at once and are stepped alone: nothing is known of how long a return takes.
+    finish(plan, batch, now := 0.1)
+    back = [(0.101, 1), (0.101, 2), (0.16, 3), (0.16, 4)]
+    for _ in range(6):
+        while (wait := plan.patience(now)) is None or wait > 0:
+            later = min((at for at, _ in back), default=now + 1)
+            now = max(now, later) if wait is None else min(now + wait, max(now, later))
+            for at, name in [each for each in back if each[0] <= now]:
+                feed(plan, name, position[name], 1, at)
+                position[name] += 1
+                back.remove((at, name))
+        batch = plan.next(now)
+        halves.append(batch)
+        ends = now + 0.1
+        for at, name in [each for each in back if each[0] <= ends]:
+            feed(plan, name, position[name], 1, at)
+            position[name] += 1
+            back.remove((at, name))
+        finish(plan, batch, now := ends)
+        back += [(now + 0.005, work.sequence.session[1][0]) for work in batch.work]
+    assert len(halves[0].work) == 2
+    assert [len(batch.work) for batch in halves[-3:]] == [4, 4, 4]
 
 
 def test_prompts_take_turns_with_running_sessions_and_with_each_other() -> None:

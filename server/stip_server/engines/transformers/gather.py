@@ -1,9 +1,14 @@
 """The gather window: how long a step may wait for sessions that are about to return.
 
 Without a wait, the first session to come back starts a step alone and the others form the next one: streams
-split into alternating half-batches and run at half speed. Waiting is worth while only for sessions that are
-expected within the window, so the time from an output to the session's next row is estimated from what was
+split into alternating half-batches and run at up to half the speed, and stay split. Waiting is worth while only for
+sessions that are expected soon, so the time from an output to the session's next row is estimated from what was
 observed, with the smoothed mean and deviation of RFC 6298 (section 2: α = 1/8, β = 1/4, mean + 4 deviations).
+
+How soon is soon depends on the step. With steps of S seconds and a return of R, all together take S + R a token, and
+two alternating halves twice what half a batch takes: about S where arithmetic is the limit, 2 S where reading the
+weights is. So waiting pays up to somewhere between 0 and S; half a step is where it begins to be a loss on a CPU
+(docs/benchmarks).
 """
 
 from __future__ import annotations
@@ -15,13 +20,17 @@ DEVIATION_SMOOTHING = 1 / 4
 DEVIATIONS = 4
 RETURN_LIMIT = 1.0
 """Seconds. A session that stays away longer ended a turn: that says nothing about round trips."""
+STEP_SHARE = 0.5
+"""The longest wait, as a share of a decoding step."""
 
 
 class GatherWindow:
     """Estimates return times and decides about waiting. Times in seconds of one monotonic clock."""
 
     def __init__(self, window: float) -> None:
+        """`window`: the longest wait whatever the steps take."""
         self.window = window
+        self._step: float | None = None
         self._mean: float | None = None
         self._deviation = 0.0
 
@@ -29,6 +38,15 @@ class GatherWindow:
     def expected_return(self) -> float:
         """Seconds after an output within which its session is expected back; the window until one was seen."""
         return self.window if self._mean is None else self._mean + DEVIATIONS * self._deviation
+
+    @property
+    def limit(self) -> float:
+        """The longest wait."""
+        return self.window if self._step is None else min(self.window, STEP_SHARE * self._step)
+
+    def stepped(self, seconds: float) -> None:
+        """A decoding step took `seconds`."""
+        self._step = seconds if self._step is None else self._step + SMOOTHING * (seconds - self._step)
 
     def returned(self, seconds: float) -> None:
         """A session came back `seconds` after its output."""
@@ -44,8 +62,9 @@ class GatherWindow:
         """Seconds to wait before a step that could begin since `ready`; 0 means go.
 
         `answered` are the times at which the sessions that did not yet return got their outputs. Sessions that
-        are overdue are not waited for.
+        are overdue are not waited for, and neither are those that usually take longer than the wait may last.
         """
-        expected = self.expected_return
-        latest = max((at + expected for at in answered if at + expected > now), default=now)
-        return max(0.0, min(latest, ready + self.window) - now)
+        usual, expected = self._mean or 0.0, self.expected_return
+        end = ready + self.limit
+        latest = max((at + expected for at in answered if at + usual <= end and at + expected > now), default=now)
+        return max(0.0, min(latest, end) - now)

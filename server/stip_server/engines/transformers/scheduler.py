@@ -134,6 +134,8 @@ class Scheduler:
     def computed(self, batch: Batch, *, seconds: float, now: float) -> list[Sequence]:
         """Account for a finished step; the open sessions whose output is due, in the order of its work."""
         due = [w.sequence for w in batch.work if w.sequence.advance(w.count, seconds, now)]
+        if all(w.count == 1 for w in batch.work):
+            self.window.stepped(seconds)
         # What came in while the step ran could have started a step only now.
         self._ready = now if any(s.pending for s in self._open.values()) else None
         return [sequence for sequence in due if self.is_open(sequence)]
