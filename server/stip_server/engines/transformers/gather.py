@@ -7,8 +7,7 @@ observed, with the smoothed mean and deviation of RFC 6298 (section 2: α = 1/8,
 
 How soon is soon depends on the step. With steps of S seconds and a return of R, all together take S + R a token, and
 two alternating halves twice what half a batch takes: about S where arithmetic is the limit, 2 S where reading the
-weights is. So waiting pays up to somewhere between 0 and S; half a step is where it begins to be a loss on a CPU
-(docs/benchmarks).
+weights is. Waiting pays below some R between 0 and S; half a step is the middle.
 """
 
 from __future__ import annotations
