@@ -146,8 +146,8 @@ def _answers(results: Results) -> str:
     ]
     text = (
         "## The same answers\n\nGreedy tokens up to the first difference from the plain arm's, of all. Random weights "
-        "leave many near ties, which rounding decides in bfloat16: there one early difference makes the rest another text, "
-        "and each instance's certificate says whether its error is that of plain bfloat16.\n\n"
+        "leave many near ties, which rounding decides in bfloat16: there one early difference makes the rest another "
+        "text, and each instance's certificate says whether its error is that of plain bfloat16.\n\n"
     )
     return text + _markdown(("model", "dtype", "preset", "streams", "rounds", "same tokens"), rows)
 
