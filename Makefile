@@ -35,7 +35,7 @@ demo: $(VENV)/.ready ## protect a model, start every part, verify, stream an ans
 test: $(VENV)/.ready ## the whole test suite, under ten minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not long' $(PYTEST_ARGS)
 
-test-long: $(VENV)/.ready ## random kills, soak, fuzz: seeded, takes longer
+test-long: $(VENV)/.ready ## a seeded soak: hundreds of sessions that join, cancel and leave on every instance
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready ## ruff, mypy strict, import contracts, generated code up to date
