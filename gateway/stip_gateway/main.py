@@ -15,7 +15,7 @@ from stip_gateway.service import GatewayService
 from stip_protocol import rpc
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
-from stip_protocol.runtime.serving import serve
+from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import model_pb2_grpc
 
@@ -45,6 +45,7 @@ async def run(settings: GatewaySettings) -> None:
         model_pb2_grpc.add_ModelServicer_to_server(service, server)
 
     refreshing = asyncio.create_task(replicas.refresh())
+    leave_with(refreshing, "routing table")
     try:
         await serve(settings.serving, telemetry, credentials, register, service.drain)
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 
 import structlog
 import torch
@@ -12,7 +11,7 @@ from stip_protocol.errors import ConfigurationError
 from stip_protocol.rpc import server_credentials
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
-from stip_protocol.runtime.serving import serve
+from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
 from stip_server.config import ServerSettings
 from stip_server.engines.transformers import TransformersEngine, card_for, load
@@ -38,16 +37,9 @@ async def run(settings: ServerSettings) -> None:
     telemetry = Telemetry("server", simulated=settings.simulated)
     service = ModelService(engine, telemetry, name=settings.name, drain_seconds=settings.serving.drain_seconds)
     pump = asyncio.create_task(service.pump())
-    pump.add_done_callback(_leave_with_the_engine)
+    leave_with(pump, "engine")
     try:
         await serve(settings.serving, telemetry, credentials, service.register, service.drain)
     finally:
         await engine.stop()
         await pump
-
-
-def _leave_with_the_engine(pump: asyncio.Task[None]) -> None:
-    """A server whose engine died only looks alive: leave, so that whoever supervises the process starts another."""
-    if not pump.cancelled() and pump.exception() is not None:
-        structlog.get_logger().error("engine failed", exc_info=pump.exception())
-        signal.raise_signal(signal.SIGTERM)

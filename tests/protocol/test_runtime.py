@@ -224,3 +224,34 @@ def test_rows_are_measured_before_they_are_looked_at() -> None:
         row_bytes("complex64", 8)
     assert rows_per_frame("bfloat16", 4096) * row_bytes("bfloat16", 4096) <= FRAME_LIMIT
     assert rows_per_frame("float64", FRAME_LIMIT) == 1
+
+
+LEAVING = """
+import asyncio, signal
+from stip_protocol.runtime import logs
+from stip_protocol.runtime.serving import leave_with
+logs.configure("gateway", simulated=False)
+async def fails(): raise ValueError("SENTINEL")
+async def waits(): await asyncio.sleep(3600)
+async def main():
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    cancelled = asyncio.create_task(waits())
+    leave_with(cancelled, "cancelled task")
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    assert not stop.is_set()
+    leave_with(asyncio.create_task(fails()), "routing table")
+    await asyncio.wait_for(stop.wait(), 30)
+asyncio.run(main())
+"""
+
+
+def test_a_part_leaves_when_a_task_it_cannot_do_without_fails_and_says_which() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = [json.loads(line) for line in done.stderr.splitlines()]
+    assert line["event"] == "routing table failed"
+    assert line["fault"].startswith("ValueError")
+    assert "SENTINEL" not in done.stderr

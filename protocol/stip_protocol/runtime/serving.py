@@ -82,3 +82,18 @@ async def serve(
         await server.stop(grace=1.0)
         metrics.stop()
         log.info("stopped")
+
+
+def leave_with(task: asyncio.Task[None], what: str) -> None:
+    """Stop this process where a task it cannot do without fails.
+
+    A part that lost its engine or its routing table only looks alive: leaving lets whoever supervises the process
+    start another. Cancelling the task is no failure.
+    """
+
+    def done(ended: asyncio.Task[None]) -> None:
+        if not ended.cancelled() and ended.exception() is not None:
+            structlog.get_logger().error(f"{what} failed", exc_info=ended.exception())
+            signal.raise_signal(signal.SIGTERM)
+
+    task.add_done_callback(done)
