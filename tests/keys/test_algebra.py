@@ -27,8 +27,11 @@ from stip_protocol.keys import (
     draw_monomial,
     draw_orthogonal,
     draw_pair_scalars,
+    draw_pair_scales,
     draw_pair_signs,
     draw_permutation,
+    draw_positive_monomial,
+    draw_signed_permutation,
     vocabulary_key,
 )
 
@@ -37,9 +40,15 @@ FLAT: dict[str, Callable[[KeyStream, int], Key]] = {
     "identity": lambda _, size: Identity(size),
     "permutation": draw_permutation,
     "monomial": draw_monomial,
+    "signed permutation": draw_signed_permutation,
+    "positive monomial": draw_positive_monomial,
     "orthogonal": draw_orthogonal,
 }
-PAIRED: dict[str, Callable[[KeyStream, int], Key]] = {"signs": draw_pair_signs, "scalars": draw_pair_scalars}
+PAIRED: dict[str, Callable[[KeyStream, int], Key]] = {
+    "signs": draw_pair_signs,
+    "scales": draw_pair_scales,
+    "scalars": draw_pair_scalars,
+}
 
 
 @st.composite
@@ -118,22 +127,50 @@ def test_a_monomial_is_its_permutation_part_times_a_bounded_diagonal(size: int, 
     assert (np.abs(np.diagonal(diagonal)) >= 1 / SCALE_BOUND).all()
 
 
+@given(st.integers(1, 9), st.binary(min_size=32, max_size=32))
+def test_a_signed_permutation_has_a_diagonal_of_signs(size: int, root: bytes) -> None:
+    key = draw_signed_permutation(KeyStream(root, "test"), size)
+    diagonal = key.matrix() @ key.permutation_part.matrix().T
+    assert key.exact
+    assert np.array_equal(np.abs(diagonal), np.eye(size))
+
+
+@given(st.integers(1, 9), st.binary(min_size=32, max_size=32))
+def test_positive_monomials_commute_with_relu(size: int, root: bytes) -> None:
+    key = draw_positive_monomial(KeyStream(root, "test"), size)
+    diagonal = np.diagonal(key.matrix() @ key.permutation_part.matrix().T)
+    x = arrays(size, 3)
+    assert (diagonal >= 1 / SCALE_BOUND).all()
+    assert (diagonal <= SCALE_BOUND).all()
+    assert np.array_equal(key.apply(np.maximum(x, 0)), np.maximum(key.apply(x), 0))
+
+
+@given(st.integers(1, 9), st.binary(min_size=32, max_size=32))
+def test_pair_scales_move_nothing_and_treat_both_halves_alike(half: int, root: bytes) -> None:
+    key = draw_pair_scales(KeyStream(root, "test"), 2 * half)
+    factors = np.diagonal(key.matrix())
+    assert np.array_equal(key.matrix(), np.diag(factors))
+    assert np.array_equal(factors[:half], factors[half:])
+    assert (np.abs(factors) >= 1 / SCALE_BOUND).all()
+    assert (np.abs(factors) <= SCALE_BOUND).all()
+    assert key.permutation_part.identity
+
+
 @pytest.mark.parametrize("draw", [draw_orthogonal, draw_pair_scalars])
 def test_a_dense_key_has_no_permutation_part(draw: Callable[[KeyStream, int], Key]) -> None:
     with pytest.raises(Unrepresentable):
         _ = draw(KeyStream(ROOT, "test"), 4).permutation_part
 
 
-@given(st.integers(1, 4), st.binary(min_size=32, max_size=32), st.floats(-10, 10), st.booleans())
-def test_rotary_keys_commute_with_rotary_positions(half: int, root: bytes, position: float, signs: bool) -> None:
-    stream = KeyStream(root, "test")
-    key = (draw_pair_signs if signs else draw_pair_scalars)(stream, 2 * half)
+@given(st.integers(1, 4), st.binary(min_size=32, max_size=32), st.floats(-10, 10), st.sampled_from([*PAIRED]))
+def test_rotary_keys_commute_with_rotary_positions(half: int, root: bytes, position: float, kind: str) -> None:
+    key = PAIRED[kind](KeyStream(root, "test"), 2 * half)
     turn = RotaryPairs(np.ones(half), position / 10.0 ** np.arange(half)).matrix()
     assert np.allclose(key.matrix() @ turn, turn @ key.matrix())
     assert np.allclose(key.matrix().T @ key.dual.matrix(), np.eye(2 * half))
 
 
-@pytest.mark.parametrize("size", [2, 3, 17])
+@pytest.mark.parametrize("size", [1, 2, 3, 17])
 def test_centred_keys_are_orthogonal_and_drop_the_mean(size: int) -> None:
     key = draw_centred_orthogonal(KeyStream(ROOT, "test"), size)
     centring, matrix = np.eye(size) - 1 / size, key.matrix()
@@ -146,9 +183,15 @@ def test_centred_keys_are_orthogonal_and_drop_the_mean(size: int) -> None:
     assert np.allclose(np.vstack([key.apply(x, row, row + 1) for row in range(size)]), matrix @ x, atol=1e-13)
 
 
-@pytest.mark.parametrize("draw", [draw_permutation, draw_monomial, draw_orthogonal, draw_centred_orthogonal])
+@pytest.mark.parametrize("draw", [*FLAT.values()])
 def test_a_space_of_one_dimension_gets_no_key(draw: Callable[[KeyStream, int], Key]) -> None:
     assert all(draw(KeyStream(ROOT, str(i)), 1).identity for i in range(20))
+
+
+def test_a_centred_space_of_one_dimension_keeps_nothing() -> None:
+    key = draw_centred_orthogonal(KeyStream(ROOT, "test"), 1)
+    for kept in (key, key.inverse, key.dual):
+        assert np.array_equal(kept.matrix(), [[0.0]])
 
 
 def test_wide_heads_follow_their_key_value_head() -> None:

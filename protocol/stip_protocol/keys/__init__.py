@@ -34,8 +34,11 @@ from stip_protocol.keys.draw import (
     draw_monomial,
     draw_orthogonal,
     draw_pair_scalars,
+    draw_pair_scales,
     draw_pair_signs,
     draw_permutation,
+    draw_positive_monomial,
+    draw_signed_permutation,
     vocabulary_key,
 )
 from stip_protocol.keys.heads import Blocks, HeadsKey
@@ -60,7 +63,10 @@ __all__ = [
     "draw_monomial",
     "draw_orthogonal",
     "draw_pair_scalars",
+    "draw_pair_scales",
     "draw_pair_signs",
     "draw_permutation",
+    "draw_positive_monomial",
+    "draw_signed_permutation",
     "vocabulary_key",
 ]

@@ -1,6 +1,7 @@
 """Drawing keys from key streams.
 
-A space of one dimension gets the identity: its only lossless keys are public signs.
+A space of one dimension gets the identity: its only lossless keys are public signs. The exceptions are a centred
+space of one dimension, which holds nothing and keeps nothing, and rotary pairs, which have two.
 """
 
 from __future__ import annotations
@@ -39,8 +40,20 @@ def draw_monomial(stream: KeyStream, size: int) -> Key:
     if size == 1:
         return Identity(size)
     order = _order(stream, size)
-    signs = 1.0 - 2.0 * stream.integers(2, size)
-    return Monomial(order, signs * _scales(stream, size))
+    return Monomial(order, _signs(stream, size) * _scales(stream, size))
+
+
+def draw_signed_permutation(stream: KeyStream, size: int) -> Key:
+    """A uniform permutation with a diagonal of random signs: the bit-exact part of `draw_monomial`."""
+    return Identity(size) if size == 1 else Monomial(_order(stream, size), _signs(stream, size))
+
+
+def draw_positive_monomial(stream: KeyStream, size: int) -> Key:
+    """A uniform permutation with a diagonal of log-uniform scales in [1/SCALE_BOUND, SCALE_BOUND].
+
+    For ReLU, which positive scales pass through and signs do not: relu(s·x) = s·relu(x) where s > 0.
+    """
+    return Identity(size) if size == 1 else Monomial(_order(stream, size), _scales(stream, size))
 
 
 def draw_orthogonal(stream: KeyStream, size: int) -> Key:
@@ -52,10 +65,10 @@ def draw_centred_orthogonal(stream: KeyStream, size: int) -> Key:
     """A Haar-distributed orthogonal matrix on the complement of the all-ones vector: what LayerNorms leave to see.
 
     K = H·diag(0, Q)·H with Q Haar on n-1 dimensions and H the reflection that exchanges e₁ and 1/√n·(1, …, 1):
-    what the norm subtracts is dropped, and the variance that it divides by stays.
+    what the norm subtracts is dropped, and the variance that it divides by stays. One dimension is all mean: K = 0.
     """
     if size == 1:
-        return Identity(size)
+        return Centred(np.zeros((1, 1)))
     axis = -np.full(size, 1.0 / np.sqrt(size))
     axis[0] += 1.0
     axis /= np.linalg.norm(axis)
@@ -73,8 +86,16 @@ def draw_pair_scalars(stream: KeyStream, size: int) -> Key:
 
 def draw_pair_signs(stream: KeyStream, size: int) -> Key:
     """A sign per rotary pair (j, j + n/2): the bit-exact part of `draw_pair_scalars`."""
-    signs = 1.0 - 2.0 * stream.integers(2, size // 2)
-    return Monomial(np.arange(size), np.tile(signs, 2))
+    return Monomial(np.arange(size), np.tile(_signs(stream, size // 2), 2))
+
+
+def draw_pair_scales(stream: KeyStream, size: int) -> Key:
+    """A real factor per rotary pair (j, j + n/2), ±s with s log-uniform in [1/SCALE_BOUND, SCALE_BOUND].
+
+    The part of `draw_pair_scalars` that leaves each number where it is.
+    """
+    half = size // 2
+    return Monomial(np.arange(size), np.tile(_signs(stream, half) * _scales(stream, half), 2))
 
 
 def vocabulary_key(seed: bytes, size: int) -> Permutation:
@@ -83,6 +104,11 @@ def vocabulary_key(seed: bytes, size: int) -> Permutation:
     `logits'[i] = logits[π_c.index[i]]`: position i of the server's row is the true id `π_c.index[i]`.
     """
     return draw_permutation(KeyStream(seed, STREAM_LABEL), size)
+
+
+def _signs(stream: KeyStream, count: int) -> NDArray[np.float64]:
+    signs: NDArray[np.float64] = np.where(stream.integers(2, count) == 0, 1.0, -1.0)
+    return signs
 
 
 def _scales(stream: KeyStream, count: int) -> NDArray[np.float64]:
