@@ -213,46 +213,6 @@ def test_wide_heads_follow_their_key_value_head() -> None:
     assert sorted(map(tuple, np.sort(keyed).round(9))) == sorted(map(tuple, np.sort(plain).round(9)))
 
 
-def test_small_permutations_are_uniform() -> None:
-    stream, draws = KeyStream(ROOT, "chi"), 24_000
-    counts: dict[tuple[int, ...], int] = {}
-    for _ in range(draws):
-        order = tuple(draw_permutation(stream, 4).index)
-        counts[order] = counts.get(order, 0) + 1
-    assert len(counts) == 24
-    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 49.7  # χ², 23 degrees, p = 0.001
-
-
-def test_permutations_have_no_favourite_places() -> None:
-    stream, size, draws = KeyStream(ROOT, "places"), 8, 4000
-    counts = np.zeros((size, size))
-    for _ in range(draws):
-        counts[np.arange(size), draw_permutation(stream, size).index] += 1
-    expected = draws / size
-    assert ((counts - expected) ** 2 / expected).sum() < 94.5  # χ², 7·7 = 49 degrees, p < 0.001
-
-
-def test_small_orthogonal_keys_are_haar() -> None:
-    """Moments of Haar measure on O(3): E K = 0, E K_ij² = 1/3, E K_ij⁴ = 3/15, E tr K = 0, E (tr K)² = 1; det is ±1."""
-    stream = KeyStream(ROOT, "haar")
-    drawn = np.stack([draw_orthogonal(stream, 3).matrix() for _ in range(6000)])
-    trace = np.trace(drawn, axis1=1, axis2=2)
-    assert np.allclose(drawn.mean(0), 0, atol=0.04)
-    assert np.allclose((drawn**2).mean(0), 1 / 3, atol=0.02)
-    assert np.allclose((drawn**4).mean(0), 3 / 15, atol=0.02)
-    assert [trace.mean(), (trace**2).mean()] == pytest.approx([0, 1], abs=0.06)
-    assert (np.linalg.det(drawn) > 0).mean() == pytest.approx(0.5, abs=0.03)
-
-
-def test_centred_orthogonal_keys_turn_the_rest_of_the_space_freely() -> None:
-    """On the complement of the all-ones vector: E K = 0 and E tr² K = 1."""
-    stream = KeyStream(ROOT, "centred")
-    drawn = np.stack([draw_centred_orthogonal(stream, 4).matrix() for _ in range(4000)])
-    trace = np.trace(drawn, axis1=1, axis2=2)
-    assert np.allclose(drawn.mean(0), 0, atol=0.04)
-    assert [trace.mean(), (trace**2).mean()] == pytest.approx([0, 1], abs=0.07)
-
-
 def test_the_vocabulary_key_is_the_same_on_every_machine() -> None:
     key = vocabulary_key(derive(ROOT, VOCABULARY_LABEL), 50_257)
     assert (

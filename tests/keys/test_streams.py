@@ -50,20 +50,6 @@ def test_a_stream_is_the_same_on_every_machine() -> None:
     assert hashlib.sha256(drawn).hexdigest() == "7b075fae9398667065151cc401bd23d1274f100aa7f118a674e810c30df48320"
 
 
-def test_integers_are_unbiased_where_a_modulus_would_not_be() -> None:
-    """Words hold this bound 2⅔ times: a modulus would draw the low half 56 % of the time."""
-    bound = 3 << 61
-    drawn = KeyStream(ROOT, "bias").integers(bound, 40_000)
-    assert abs((drawn < bound // 2).mean() - 0.5) < 0.01
-    assert drawn.min() >= 0
-    assert drawn.max() < bound
-
-
-def test_integers_are_uniform() -> None:
-    counts = np.bincount(KeyStream(ROOT, "uniform").integers(10, 100_000), minlength=10)
-    assert ((counts - 10_000) ** 2 / 10_000).sum() < 27.9  # χ², 9 degrees of freedom, p = 0.001
-
-
 @pytest.mark.parametrize("bound", [0, -1, (1 << 63) + 1])
 def test_bounds_that_have_no_integers_are_refused(bound: int) -> None:
     with pytest.raises(ConfigurationError, match="bound"):
