@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from stip_keyservice.protect.checkpoint import HEADER_LIMIT, INDEX, WEIGHTS, Checkpoint, read_headers
+from stip_keyservice.protect.checkpoint import INDEX, WEIGHTS, Checkpoint
+from stip_keyservice.protect.headers import HEADER_LIMIT, read_header
 from stip_protocol.errors import CheckpointInvalid
 
 TENSORS = {
@@ -63,7 +64,8 @@ def test_a_single_file_gives_headers_rows_and_tensors(tmp_path: Path) -> None:
         "scalar": ("F64", ()),
     }
     assert torch.equal(checkpoint.rows("a", 1, 3), TENSORS["a"][1:3])
-    assert torch.equal(checkpoint.tensor("b"), TENSORS["b"])
+    assert torch.equal(checkpoint.span("b", 0, 5), TENSORS["b"])
+    assert checkpoint.rows("a", 2, 2).shape == (0, 3)
 
 
 def test_shards_read_as_one(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_pickle_is_never_read(tmp_path: Path, name: str) -> None:
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, body: int, says: str) -> None:
     raw_file(tmp_path / WEIGHTS, header, bytes(body))
     with pytest.raises(CheckpointInvalid, match=says) as caught:
-        read_headers(tmp_path / WEIGHTS)
+        read_header(tmp_path / WEIGHTS)
     assert WEIGHTS in caught.value.message
 
 
@@ -143,7 +145,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, body: int
 def test_a_header_larger_than_the_format_allows_is_refused_unread(tmp_path: Path, length: int) -> None:
     raw_file(tmp_path / WEIGHTS, {}, length=length)
     with pytest.raises(CheckpointInvalid, match=f"header: got {length} bytes"):
-        read_headers(tmp_path / WEIGHTS)
+        read_header(tmp_path / WEIGHTS)
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 20, 200])
@@ -194,7 +196,7 @@ def test_a_damaged_header_is_refused_or_read_within_the_file(
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     (folder / WEIGHTS).write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        headers = read_headers(folder / WEIGHTS)
+        headers = read_header(folder / WEIGHTS).headers
     except CheckpointInvalid:
         return
     assert len(headers) <= len(TENSORS)
@@ -205,4 +207,4 @@ def test_any_bytes_are_refused_by_the_same_error(tmp_path_factory: pytest.TempPa
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(content)
     with contextlib.suppress(CheckpointInvalid):
-        assert read_headers(path) == {}
+        assert read_header(path).headers == {}
