@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
+from stip_keyservice.protect import keyring
+from stip_keyservice.protect.families import expand
+from stip_keyservice.protect.presets import PRESETS
 from stip_protocol.keys import VOCABULARY_LABEL, KeyStream, derive
 from stip_protocol.secrets_file import PART_LABEL
 
@@ -85,3 +89,37 @@ def test_a_stream_is_not_the_seed_that_it_could_be_taken_for() -> None:
     """A grant hands out `derive(root, label)`: it must not show the stream of that label, or of any other."""
     handed_out = [derive(ROOT, label) for label in LABELS]
     assert not share_a_stretch([*handed_out, *(KeyStream(ROOT, label).bytes(READ) for label in LABELS)])
+
+
+MODELS: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2),
+    "llama": LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", ["paper", "hardened"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_space_of_a_model_draws_from_a_stream_of_its_own(
+    model: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads spaces of one attention share their order of heads by intent, and so the stream of their structure."""
+    opened: list[bytes] = []
+
+    class Noted(KeyStream):
+        def __init__(self, root: bytes, label: str) -> None:
+            super().__init__(root, label)
+            opened.append(derive(root, label))
+
+    monkeypatch.setattr(keyring, "KeyStream", Noted)
+    spaces = expand(MODELS[model].to_dict()).spaces
+    keyring.draw_keys(expand(MODELS[model].to_dict()), PRESETS[preset], ROOT)
+    structures = [space.structure for space in spaces.values() if space.structure]
+    assert len(opened) == len(spaces) + len(structures)
+    assert len(set(opened)) == len(spaces) + len(set(structures))
