@@ -35,7 +35,8 @@ MANIFEST_LIMIT = 4 << 20
 
 Preset = Literal["paper", "hardened", "throughput"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
-OutputForm = Literal["hidden", "top"]
+OutputForm = Literal["hidden", "top", "ids"]
+"""What the server answers with: a hidden state, its largest permuted logits, permuted ids."""
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$")]
@@ -102,6 +103,8 @@ class Manifest(_SignedJson):
     vocabulary: Count
     max_positions: Count
     output: OutputForm
+    logit_cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Final logits are cap·tanh(logits / cap), by whoever holds the head."""
     server: dict[FileName, FileDigest]
     enclave: dict[FileName, FileDigest]
     """Digests of the *ciphertext*."""

@@ -10,8 +10,8 @@ import pytest
 
 from stip_keyservice.protect.architecture import After, Architecture, NormKind, Port
 from stip_keyservice.protect.families import expand
-from stip_keyservice.protect.groups import Group, cap, meet, subgroups
-from stip_keyservice.protect.keyring import group_of
+from stip_keyservice.protect.groups import Group, caps, meet, subgroups
+from stip_keyservice.protect.keyring import groups_of
 from stip_keyservice.protect.presets import HARDENED, PAPER
 
 
@@ -30,7 +30,7 @@ def test_every_pair_of_groups_has_one_meet() -> None:
 @pytest.mark.parametrize(
     ("family", "space", "folded", "unfolded", "hardened", "paper"),
     [
-        ("llama", "residual", Group.ORTHOGONAL, Group.PERMUTATION, Group.ORTHOGONAL, Group.PERMUTATION),
+        ("llama", "residual", Group.ORTHOGONAL, Group.SIGNED_PERMUTATION, Group.ORTHOGONAL, Group.PERMUTATION),
         ("llama", "layers.0.query_key", Group.PAIR_SCALARS, Group.PAIR_SCALARS, Group.PAIR_SCALARS, Group.PAIR_SIGNS),
         ("llama", "layers.0.value_output", Group.GENERAL, Group.GENERAL, Group.ORTHOGONAL, Group.PERMUTATION),
         ("llama", "layers.0.feed_forward", Group.MONOMIAL, Group.MONOMIAL, Group.MONOMIAL, Group.PERMUTATION),
@@ -52,22 +52,24 @@ def test_groups_are_derived(
     paper: Group,
 ) -> None:
     architecture = expand(fixed[family])
-    assert cap(architecture, space, folds=True) == folded
-    assert cap(architecture, space, folds=False) == unfolded
-    assert group_of(architecture, space, HARDENED) == hardened
-    assert group_of(architecture, space, PAPER) == paper
+    assert caps(architecture, folds=True)[space] == folded
+    assert caps(architecture, folds=False)[space] == unfolded
+    assert groups_of(architecture, HARDENED)[space] == hardened
+    assert groups_of(architecture, PAPER)[space] == paper
 
 
 def test_a_norm_that_scales_the_residual_leaves_permutations(architecture: Architecture) -> None:
+    """Signed ones behind an RMSNorm: a sign passes through γ, but not through a LayerNorm's mean."""
     norms = (replace(architecture.norms[0], scales=True), *architecture.norms[1:])
-    assert group_of(replace(architecture, norms=norms), "residual", HARDENED) == Group.PERMUTATION
+    left = {NormKind.RMS: Group.SIGNED_PERMUTATION, NormKind.LAYER: Group.PERMUTATION}[norms[0].kind]
+    assert groups_of(replace(architecture, norms=norms), HARDENED)["residual"] == left
 
 
 def test_one_layer_norm_among_rms_norms_leaves_permutations(fixed: dict[str, dict[str, Any]]) -> None:
     """One would not miss the mean, the others would; permutations suit both."""
     architecture = expand(fixed["llama"])
     norms = (*architecture.norms[:-1], replace(architecture.norms[-1], kind=NormKind.LAYER))
-    assert cap(replace(architecture, norms=norms), "residual", folds=True) == Group.PERMUTATION
+    assert caps(replace(architecture, norms=norms), folds=True)["residual"] == Group.PERMUTATION
 
 
 def test_a_reader_without_a_layer_norm_keeps_the_mean(fixed: dict[str, dict[str, Any]]) -> None:
@@ -75,7 +77,7 @@ def test_a_reader_without_a_layer_norm_keeps_the_mean(fixed: dict[str, dict[str,
     linears = tuple(
         replace(linear, norm=None) if linear.name == "layers.0.up" else linear for linear in architecture.linears
     )
-    assert cap(replace(architecture, linears=linears), "residual", folds=True) == Group.PERMUTATION
+    assert caps(replace(architecture, linears=linears), folds=True)["residual"] == Group.PERMUTATION
 
 
 def test_an_activation_on_a_writer_leaves_permutations(architecture: Architecture) -> None:
@@ -84,7 +86,7 @@ def test_an_activation_on_a_writer_leaves_permutations(architecture: Architectur
         for linear in architecture.linears
     )
     changed = replace(architecture, linears=linears)
-    assert cap(changed, "layers.0.value_output", folds=True) == Group.PERMUTATION
+    assert caps(changed, folds=True)["layers.0.value_output"] == Group.PERMUTATION
 
 
 def test_slabs_tile_every_tensor_of_the_real_class(models: Any, fixed: dict[str, dict[str, Any]]) -> None:

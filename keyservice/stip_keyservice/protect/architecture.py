@@ -13,34 +13,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-ELEMENTWISE = frozenset(
-    {
-        "gelu",
-        "gelu_10",
-        "gelu_accurate",
-        "gelu_fast",
-        "gelu_new",
-        "gelu_python",
-        "gelu_python_tanh",
-        "gelu_pytorch_tanh",
-        "hardswish",
-        "laplace",
-        "leaky_relu",
-        "linear",
-        "mish",
-        "quick_gelu",
-        "relu",
-        "relu2",
-        "relu6",
-        "sigmoid",
-        "silu",
-        "sqrtsoftplus",
-        "swish",
-        "tanh",
-    }
-)
-"""Activations of transformers.activations.ACT2FN that act on each value alone and have no parameters."""
-
 
 class Layout(StrEnum):
     """What the coordinates of a space are."""
@@ -49,9 +21,9 @@ class Layout(StrEnum):
     HEADS = "heads"
     """Attention heads; the group of the space is that of one head, and whole heads are permuted too."""
     INDEX = "index"
-    """Numbered things (a vocabulary): permutations only."""
+    """Numbered things (a vocabulary, experts): permutations only."""
     PUBLIC = "public"
-    """Never keyed (positions)."""
+    """Never keyed (positions, a single gate)."""
 
 
 class Width(StrEnum):
@@ -71,15 +43,19 @@ class Role(StrEnum):
     DUAL = "dual"
     """K⁻ᵀ where written: keys against queries, whose product must stay."""
     PERMUTATION = "permutation"
-    """The permutation part: a gate, which an activation follows."""
+    """The permutation part: a gate, which an activation follows, and a norm's γ."""
 
 
 class After(StrEnum):
-    """What happens to a linear map's output before anything linear reads it."""
+    """What happens to a map's output before anything linear reads it."""
 
     NOTHING = "nothing"
     ELEMENTWISE = "elementwise"
+    HOMOGENEOUS = "homogeneous"
+    """Elementwise, and a positive factor passes through: ReLU."""
     ROTARY = "rotary"
+    ROUTING = "routing"
+    """Softmax and the largest few: the router of experts."""
 
 
 class NormKind(StrEnum):
@@ -119,15 +95,20 @@ class Port:
 
 @dataclass(frozen=True)
 class Slab:
-    """Part of a stored tensor, seen as [out, in] (or [out] for a bias): rows [start, stop) along `out`.
+    """Part of a stored tensor, seen as [out, in] (or [out] for a bias): its rows along `out`, in the order of the
+    space that they write.
 
+    `ranges`: [start, stop) one after another; several where heads of queries, keys and values alternate.
     `transposed`: stored as [in, out], as Conv1D does.
     """
 
     tensor: str
-    start: int
-    stop: int
+    ranges: tuple[tuple[int, int], ...]
     transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
 
 
 @dataclass(frozen=True)
@@ -155,7 +136,10 @@ class Norm:
     unit: float = 1.0
     """Stored weight that means γ = 1 (0 where a model stores γ - 1)."""
     scales: bool = False
-    """Whether γ scales the residual itself (post-norm), so that it cannot fold."""
+    """Whether γ scales what is passed on itself (post-norm, sandwich norm, QK-norm), so that it cannot fold."""
+    gain: Port | None = None
+    """Where γ has a key of its own: the norm of heads, whose γ all heads of a layer share."""
+    after: After = After.NOTHING
 
 
 @dataclass(frozen=True)
@@ -166,16 +150,32 @@ class Table:
     tensor: str
     index: str
     writes: str
+    scale: float = 1.0
+    """What the model multiplies a row by before it enters, rounded to float32 and then to the stored dtype."""
+    start: int = 0
+    """Row of the tensor that number 0 stands for; rows before it are never read."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer: `members[e]` are the tensors of expert e, in the same order for each.
+
+    Under a permutation of `space`, which the router writes, the tensors of one expert take the names of another.
+    """
+
+    space: str
+    members: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model as tables.
 
-    Tensor names are those of the causal class; a checkpoint of the base class lacks `prefix`. `tensors`
-    lists every tensor with its shape; those in `tied` (alias → table) may be absent, and `dropped` ones are
-    legacy buffers without meaning. `config` holds the fields that the family knows: a server sees no others.
-    Raises `ValueError` where the tables do not tile the tensors or join spaces of other sizes: a family's bug.
+    Tensor names are those of a checkpoint of the causal class on disk, per expert; a checkpoint of the base
+    class lacks `prefix`. `tensors` lists every tensor with its shape; those in `tied` (alias → table) may be
+    absent, and `dropped` ones are legacy buffers without meaning. `config` holds the fields that the family
+    knows: a server sees no others. Raises `ValueError` where the tables do not tile the tensors or join spaces
+    of other sizes: a family's bug.
     """
 
     family: str
@@ -195,13 +195,19 @@ class Architecture:
     base_class: str
     causal_class: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    experts: tuple[Experts, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters that transformers holds in memory, and a checkpoint may store, under another name or as one
+    stack: their rows (first axes flattened) are the rows of these tensors one after another."""
+    logit_cap: float | None = None
+    """Final logits are cap·tanh(logits / cap) (Gemma 2, arXiv 2408.00118)."""
 
     def __post_init__(self) -> None:
         covered: dict[str, list[tuple[int, int]]] = {}
         for linear in self.linears:
             self._check(linear)
             for slab in filter(None, (linear.weight, linear.bias)):
-                covered.setdefault(slab.tensor, []).append((slab.start, slab.stop))
+                covered.setdefault(slab.tensor, []).extend(slab.ranges)
         for tensor, shape in self._vectors_and_tables():
             if self.tensors[tensor] != shape:
                 raise ValueError(f"{tensor}: {self.tensors[tensor]} for {shape}")
@@ -210,11 +216,17 @@ class Architecture:
             raise ValueError(
                 f"tensors without a slab, or slabs without a tensor: {covered.keys() ^ self.tensors.keys()}"
             )
+        transposed = {linear.weight.tensor for linear in self.linears if linear.weight.transposed}
         for tensor, ranges in covered.items():
-            out = self._out(tensor, any(s.transposed for x in self.linears for s in [x.weight] if s.tensor == tensor))
+            out = self.tensors[tensor][1 if tensor in transposed else 0]
             ends = [0, *(stop for _, stop in sorted(ranges))]
             if [start for start, _ in sorted(ranges)] != ends[:-1] or ends[-1] != out:
                 raise ValueError(f"{tensor}: slabs {sorted(ranges)} do not tile {out} rows")
+        for experts in self.experts:
+            if len(experts.members) != self.spaces[experts.space].size:
+                raise ValueError(f"{experts.space}: {len(experts.members)} experts")
+            if len({tuple(self.tensors[name] for name in member) for member in experts.members}) != 1:
+                raise ValueError(f"{experts.space}: experts of different shapes")
 
     def linear(self, name: str) -> Linear:
         return next(linear for linear in self.linears if linear.name == name)
@@ -229,23 +241,29 @@ class Architecture:
     def vocabulary(self) -> int:
         return self.width(self.linear(self.head).writes)
 
+    @property
+    def vocabulary_space(self) -> str:
+        """The space that the head writes and the embedding is indexed by."""
+        return self.linear(self.head).writes.space
+
     def _vectors_and_tables(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for norm in self.norms:
+            space = self.spaces[norm.space]
+            size = space.head_dim if space.layout is Layout.HEADS else space.size
+            if (norm.gain is None) is (space.layout is Layout.HEADS):
+                raise ValueError(f"{norm.weight}: a norm of heads, and no other, has a gain of its own")
             for tensor in filter(None, (norm.weight, norm.bias)):
-                yield tensor, (self.spaces[norm.space].size,)
+                yield tensor, (size,)
         for table in self.tables:
-            yield table.tensor, (self.spaces[table.index].size, self.spaces[table.writes].size)
-
-    def _out(self, tensor: str, transposed: bool) -> int:
-        return self.tensors[tensor][1 if transposed else 0]
+            yield table.tensor, (table.start + self.spaces[table.index].size, self.spaces[table.writes].size)
 
     def _check(self, linear: Linear) -> None:
         out, into = self.width(linear.writes), self.width(linear.reads)
         weight = linear.weight
         shape = self.tensors[weight.tensor]
-        if weight.stop - weight.start != out or shape[0 if weight.transposed else 1] != into:
+        if weight.rows != out or shape[0 if weight.transposed else 1] != into:
             raise ValueError(f"{linear.name}: [{out}, {into}] from {weight} of {shape}")
-        if linear.bias and linear.bias.stop - linear.bias.start != out:
+        if linear.bias and linear.bias.rows != out:
             raise ValueError(f"{linear.name}: bias of {out} from {linear.bias}")
         if linear.norm and self.norm(linear.norm).space != linear.reads.space:
             raise ValueError(f"{linear.name}: its norm is on another space than it reads")

@@ -7,36 +7,54 @@ dtype and are bit-exact; all others act in float64, and the result is rounded on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from stip_keyservice.protect.application import Index, Rows, mixed, mixed_columns, moves
 from stip_protocol.errors import CheckpointInvalid
-from stip_protocol.keys import Key, Term
+from stip_protocol.keys import Key
 
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that can be protected, by their safetensors names."""
 _ROWS = 1024
 """Rows of W that one step of W·β reads."""
+_NEAR = 2
+"""Rows are read for a block alone where they lie within this many times as many; otherwise the whole matrix is kept."""
+
+Range = tuple[int, int]
 
 
 class TensorSource(Protocol):
     """The plain checkpoint, by stored name. Tensors come in their stored dtype, on the CPU, and are not written to.
 
-    A permutation gathers rows from anywhere in a tensor, so `tensor` is asked again for every row block: keep
-    the last one, or map the file.
+    A tensor of three axes (a stack of experts) is seen as a matrix: its first two axes as one. A vector's rows
+    are its elements. Asked from several threads.
     """
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) along the first axis."""
+        """Rows [start, stop), read for this call."""
         ...
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
+    def span(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The same, kept for the calls that follow: the blocks of one matrix gather from all of it."""
         ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a plain tensor lies: rows [start, stop) of a stored one."""
+
+    name: str
+    start: int
+    stop: int
+
+    def whole(self, source: TensorSource) -> torch.Tensor:
+        """All of it, kept."""
+        return source.span(self.name, self.start, self.stop)
 
 
 class Recipe(Protocol):
@@ -71,119 +89,172 @@ class Constant:
 class Fold:
     """The γ and β of a norm that fold into the matrix after it. `shift` is added to a stored weight to give γ."""
 
-    weight: str
-    bias: str | None
+    weight: Stored
+    bias: Stored | None
     shift: float
+    absorbs: bool = False
+    """W·β has no bias to go to: it goes to the all-ones direction, see `MatrixPart`."""
 
     def gamma(self, source: TensorSource) -> torch.Tensor:
-        return source.tensor(self.weight).double() + self.shift
+        return self.weight.whole(source).double() + self.shift
+
+    def beta(self, source: TensorSource) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.whole(source).double()
 
 
 @dataclass(frozen=True, repr=False)
 class MatrixPart:
-    """Slab [start, stop) of a stored matrix, between two keys. `reads` is the dual, K_r⁻ᵀ."""
+    """A slab of a stored matrix, between two keys. `reads` is the dual, K_r⁻ᵀ.
 
-    tensor: str
-    start: int
-    stop: int
+    Where the fold absorbs: the norm is a LayerNorm, whose normalised output has no mean, K_r drops the all-ones
+    direction, and the norm is left with β = 1, so that what is read is K_r·n + 1. Adding (W·β)·1ᵀ/d to the
+    matrix then adds W·β to the product, and nothing else of the matrix sees the ones.
+    """
+
+    tensor: Stored
+    ranges: tuple[Range, ...]
+    """Of `out`, within the plain tensor."""
     transposed: bool
     writes: Key
     reads: Key
     fold: Fold | None = None
-    alias: str | None = None
-    """Another stored name of the same values (a tied head that was stored too), compared while reading."""
+    alias: Stored | None = None
+    """Another place of the same values (a tied head that was stored too), compared while reading."""
+    scale: float = 1.0
+    """Factor of a table's rows."""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        folded = (self.fold.weight,) if self.fold else ()
-        return (self.tensor, *folded, *((self.alias,) if self.alias else ()))
+        folded = (self.fold.weight.name,) if self.fold else ()
+        return (self.tensor.name, *folded, *((self.alias.name,) if self.alias else ()))
+
+    @property
+    def size(self) -> int:
+        """Rows along `out`."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """What the part has of rows [start, stop) of the plain tensor: (row of the tensor, first, last of the part)."""
+        done = 0
+        for low, high in self.ranges:
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                yield first, done + first - low, done + last - low
+            done += high - low
 
     def block(self, source: TensorSource, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the part in stored orientation."""
+        """Rows [start, stop) of the protected part in stored orientation."""
         left, right = (self.reads, self.writes) if self.transposed else (self.writes, self.reads)
-        exact = left.exact and right.exact and self.fold is None
-        gamma = self.fold.gamma(source) if self.fold else None
-        rows: torch.Tensor | None = None
-        for term in left.terms(start, stop):
-            taken = self._take(source, term.source)
-            if not exact:
-                taken = taken.double()
-            if gamma is not None and self.transposed:
-                taken = taken * gamma[_index(term.source)][:, None]
-            if rows is None:
-                rows = taken.new_zeros((stop - start, taken.shape[1]))
-            _add(rows, term, taken, exact=exact)
-        if rows is None:
-            raise ValueError("an empty row block")
-        if gamma is not None and not self.transposed:
-            rows = rows * gamma
-        return rows if right.identity else _columns(right, rows, exact=exact)
+        moved = moves(left, start, stop)
+        columns = None if self.fold or self.scale != 1.0 else moves(right, 0, right.size)
+        if moved and columns:
+            return columns.columns(moved.signed(self.rows(source, moved.index)))
+        wide = self._wide(source)
+        rows = moved.signed(wide(moved.index)) if moved else mixed(left, wide, start, stop)
+        if self.fold is None or self.transposed:
+            return mixed_columns(right, rows)
+        keyed = mixed_columns(right, rows * self.fold.gamma(source))
+        if self.fold.absorbs and (beta := self.fold.beta(source)) is not None:
+            keyed = keyed + (rows @ beta / beta.shape[0])[:, None]
+        return keyed
 
-    def _take(self, source: TensorSource, index: slice | np.ndarray) -> torch.Tensor:
-        taken = self._stored(source, self.tensor, index)
-        if self.alias and not torch.equal(taken, self._stored(source, self.alias, index)):
-            raise CheckpointInvalid.because(self.alias, "other values", f"those of {self.tensor}: the head is tied")
-        return taken
+    def rows(self, source: TensorSource, index: slice | Index) -> torch.Tensor:
+        """Plain rows, along `out` of the part, or along `in` of a matrix that is stored transposed."""
+        taken = self._gather(source, self.tensor, index)
+        if self.alias and not torch.equal(taken, self._gather(source, self.alias, index)):
+            allowed = f"those of {self.tensor.name}: the head is tied"
+            raise CheckpointInvalid.because(self.alias.name, "other values", allowed)
+        if not self.transposed:
+            return taken
+        pieces = [taken[:, low:high] for low, high in self.ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def _stored(self, source: TensorSource, name: str, index: slice | np.ndarray) -> torch.Tensor:
-        if self.transposed:
-            return gather(source, name, index)[:, self.start : self.stop]
-        shifted = (
-            slice(index.start + self.start, index.stop + self.start) if isinstance(index, slice) else index + self.start
-        )
-        return gather(source, name, shifted)
+    def _wide(self, source: TensorSource) -> Rows:
+        """Plain rows in float64, times what scales them."""
+
+        def rows(index: slice | Index) -> torch.Tensor:
+            taken = self.rows(source, index).double()
+            if self.scale != 1.0:
+                taken = taken * self.scale
+            if self.fold is None or not self.transposed:
+                return taken
+            at = index if isinstance(index, slice) else torch.tensor(index)
+            return taken * self.fold.gamma(source)[at][:, None]
+
+        return rows
+
+    def _gather(self, source: TensorSource, stored: Stored, index: slice | Index) -> torch.Tensor:
+        """Rows near each other are read as one range, scattered ones from the whole tensor."""
+        rows = np.arange(index.start, index.stop) if isinstance(index, slice) else index
+        places = rows if self.transposed else self._places(rows)
+        low, high = int(places.min()), int(places.max()) + 1
+        if high - low > _NEAR * len(places):
+            return stored.whole(source)[torch.tensor(places)]
+        near = source.rows(stored.name, stored.start + low, stored.start + high)
+        in_order = high - low == len(places) and bool((np.diff(places) == 1).all())
+        return near if in_order else near[torch.tensor(places - low)]
+
+    def _places(self, rows: Index) -> Index:
+        """Rows of the plain tensor that rows of the part are."""
+        if len(self.ranges) == 1:
+            return rows + self.ranges[0][0]
+        lows = np.array([low for low, _ in self.ranges])
+        sizes = np.array([high - low for low, high in self.ranges])
+        ends = np.cumsum(sizes)
+        which = np.searchsorted(ends, rows, side="right")
+        places: Index = (lows - (ends - sizes))[which] + rows
+        return places
 
 
 @dataclass(frozen=True, repr=False)
 class VectorPart:
-    """Slab [start, stop) of a stored vector under a key; with `matrix`, b + W·β instead of b (`tensor` None: b = 0)."""
+    """A slab of a stored vector under a key; with `matrix`, b + W·β instead of b (`tensor` None: b = 0)."""
 
-    tensor: str | None
-    start: int
-    stop: int
+    tensor: Stored | None
+    ranges: tuple[Range, ...]
     writes: Key
     matrix: MatrixPart | None = None
+    shift: float = 0.0
+    """Added to a stored value before the key acts and taken off again: γ, where a model stores γ - 1."""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        named = (self.tensor,) if self.tensor else ()
+        named = (self.tensor.name,) if self.tensor else ()
         if self.matrix is None or self.matrix.fold is None or self.matrix.fold.bias is None:
             return named
-        return (*named, self.matrix.tensor, self.matrix.fold.bias)
+        return (*named, self.matrix.tensor.name, self.matrix.fold.bias.name)
 
     def vector(self, source: TensorSource) -> torch.Tensor:
-        plain = source.tensor(self.tensor)[self.start : self.stop] if self.tensor else None
-        moved = self._shift(source)
-        if moved is not None:
-            plain = moved if plain is None else plain.double() + moved
+        """The protected part, in the stored dtype where exact and in float64 otherwise."""
+        plain = None
+        if self.tensor:
+            whole = self.tensor.whole(source)
+            plain = torch.cat([whole[low:high] for low, high in self.ranges])
+        moved_by = self._shift(source)
+        if moved_by is not None:
+            plain = moved_by if plain is None else plain.double() + moved_by
         if plain is None:
             raise ValueError("a vector part without a vector")
-        exact = self.writes.exact and moved is None
-        if not exact:
-            plain = plain.double()
-        out = plain.new_zeros((plain.shape[0], 1))
-        for term in self.writes.terms(0, self.writes.size):
-            _add(out, term, plain[_index(term.source), None], exact=exact)
-        return out[:, 0]
+        moved = moves(self.writes, 0, self.writes.size)
+        if moved and (self.shift == 0.0 or moved.negative is None):
+            return moved.signed(plain[torch.tensor(moved.index)][:, None])[:, 0]
+        column = plain.double()[:, None] + self.shift
+        return mixed(self.writes, _rows_of(column), 0, self.writes.size)[:, 0] - self.shift
 
     def _shift(self, source: TensorSource) -> torch.Tensor | None:
         """W·β, in float64."""
         part = self.matrix
-        if part is None or part.fold is None or part.fold.bias is None:
+        beta = part.fold.beta(source) if part and part.fold and not part.fold.absorbs else None
+        if part is None or beta is None:
             return None
-        beta = source.tensor(part.fold.bias).double()
         if part.transposed:
-            shift = torch.zeros(part.stop - part.start, dtype=torch.float64)
+            shift = torch.zeros(part.size, dtype=torch.float64)
             for first in range(0, beta.shape[0], _ROWS):
                 last = min(first + _ROWS, beta.shape[0])
-                shift += beta[first:last] @ source.rows(part.tensor, first, last)[:, part.start : part.stop].double()
+                shift += beta[first:last] @ part.rows(source, slice(first, last)).double()
             return shift
-        return torch.cat(
-            [
-                source.rows(part.tensor, first, min(first + _ROWS, part.stop)).double() @ beta
-                for first in range(part.start, part.stop, _ROWS)
-            ]
-        )
+        steps = [slice(first, min(first + _ROWS, part.size)) for first in range(0, part.size, _ROWS)]
+        return torch.cat([part.rows(source, step).double() @ beta for step in steps])
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,14 +269,18 @@ class Matrix:
 
     def rows(self, source: TensorSource, start: int, stop: int) -> torch.Tensor:
         if self.parts[0].transposed:
-            return torch.cat([part.block(source, start, stop) for part in self.parts], dim=1)
-        return torch.cat(
-            [
-                part.block(source, max(start, part.start) - part.start, min(stop, part.stop) - part.start)
+            return _interleaved(
+                ((low, high), columns)
                 for part in self.parts
-                if max(start, part.start) < min(stop, part.stop)
-            ]
+                for (low, high), columns in _cut(part.ranges, part.block(source, start, stop))
+            )
+        pieces = sorted(
+            (row, number, first, last)
+            for number, part in enumerate(self.parts)
+            for row, first, last in part.pieces(start, stop)
         )
+        blocks = [self.parts[number].block(source, first, last) for _, number, first, last in pieces]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 @dataclass(frozen=True, repr=False)
@@ -219,17 +294,12 @@ class Vector:
         return _unique(name for part in self.parts for name in part.sources)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> torch.Tensor:
-        return torch.cat([part.vector(source) for part in self.parts])[start:stop]
-
-
-def gather(source: TensorSource, name: str, index: slice | np.ndarray) -> torch.Tensor:
-    """Rows of a stored tensor. Nearby rows are read as one range, scattered ones from the whole tensor."""
-    if isinstance(index, slice):
-        return source.rows(name, index.start, index.stop)
-    low, high = int(index.min()), int(index.max()) + 1
-    if high - low <= 2 * index.size:
-        return source.rows(name, low, high)[torch.tensor(index - low)]
-    return source.tensor(name)[torch.tensor(index)]
+        whole = _interleaved(
+            ((low, high), rows[0])
+            for part in self.parts
+            for (low, high), rows in _cut(part.ranges, part.vector(source)[None])
+        )
+        return whole[start:stop]
 
 
 def stored(rows: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
@@ -243,31 +313,19 @@ def stored(rows: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     return rounded.contiguous()
 
 
-def _index(index: slice | np.ndarray) -> slice | torch.Tensor:
-    return index if isinstance(index, slice) else torch.tensor(index)
+def _rows_of(matrix: torch.Tensor) -> Rows:
+    return lambda index: matrix[index if isinstance(index, slice) else torch.tensor(index)]
 
 
-def _add(out: torch.Tensor, term: Term, taken: torch.Tensor, *, exact: bool) -> None:
-    """`out[term.out] += weight · taken`; in an exact key every row comes once, and is moved or negated."""
-    if exact:
-        negative = None if term.weight is None else torch.tensor(term.weight < 0)[:, None]
-        out[term.out] = taken if negative is None else torch.where(negative, -taken, taken)
-    elif term.weight is None:
-        out[term.out] += taken
-    elif term.weight.ndim == 2:
-        out[term.out].addmm_(torch.tensor(term.weight), taken)
-    else:
-        out[term.out] += torch.tensor(term.weight)[:, None] * taken
+def _cut(ranges: Sequence[Range], rows: torch.Tensor) -> Iterator[tuple[Range, torch.Tensor]]:
+    """The columns of a part, range by range."""
+    sizes = [high - low for low, high in ranges]
+    yield from zip(ranges, torch.split(rows, sizes, dim=1), strict=True)
 
 
-def _columns(key: Key, rows: torch.Tensor, *, exact: bool) -> torch.Tensor:
-    """rows·Kᵀ: the key on the columns."""
-    out = torch.zeros_like(rows)
-    for term in key.terms(0, key.size):
-        index = _index(term.source)
-        taken = rows[:, index] if isinstance(index, slice) else rows.index_select(1, index)
-        _add(out.T, term, taken.T, exact=exact)
-    return out
+def _interleaved(pieces: Iterable[tuple[Range, torch.Tensor]]) -> torch.Tensor:
+    """Pieces in the order of their ranges, joined along the last axis."""
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim=-1)
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ facts; a preset asks for something inside the cap. Groups of heads spaces are th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
-from functools import reduce
+from functools import cache
 
-from stip_keyservice.protect.architecture import After, Architecture, Layout, Linear, NormKind, Port, Role
+from stip_keyservice.protect.architecture import After, Architecture, Layout, Linear, Norm, NormKind, Port, Role
 
 
 class Group(StrEnum):
@@ -18,7 +19,9 @@ class Group(StrEnum):
     IDENTITY = "identity"
     PERMUTATION = "permutation"
     PAIR_SIGNS = "a sign per rotary pair"
+    PAIR_SCALES = "a real factor per rotary pair"
     SIGNED_PERMUTATION = "signed permutation"
+    POSITIVE_MONOMIAL = "permutation and positive diagonal"
     ORTHOGONAL_CENTRED = "orthogonal, without the all-ones vector"
     PAIR_SCALARS = "a complex scalar per rotary pair"
     MONOMIAL = "permutation and diagonal"
@@ -31,23 +34,29 @@ _COVERS: dict[Group, tuple[Group, ...]] = {
     Group.IDENTITY: (),
     Group.PERMUTATION: (Group.IDENTITY,),
     Group.PAIR_SIGNS: (Group.IDENTITY,),
+    Group.PAIR_SCALES: (Group.PAIR_SIGNS,),
     Group.SIGNED_PERMUTATION: (Group.PERMUTATION, Group.PAIR_SIGNS),
+    Group.POSITIVE_MONOMIAL: (Group.PERMUTATION,),
     Group.ORTHOGONAL_CENTRED: (Group.PERMUTATION,),
-    Group.PAIR_SCALARS: (Group.PAIR_SIGNS,),
-    Group.MONOMIAL: (Group.SIGNED_PERMUTATION,),
+    Group.PAIR_SCALARS: (Group.PAIR_SCALES,),
+    Group.MONOMIAL: (Group.SIGNED_PERMUTATION, Group.POSITIVE_MONOMIAL, Group.PAIR_SCALES),
     Group.ORTHOGONAL: (Group.SIGNED_PERMUTATION,),
     Group.GENERAL: (Group.MONOMIAL, Group.ORTHOGONAL, Group.PAIR_SCALARS),
     Group.ANY: (Group.GENERAL, Group.ORTHOGONAL_CENTRED),
 }
 """Direct subgroups. Signs of pairs are diagonal. What may drop the all-ones vector may keep it: a permutation."""
 
-_NORM = {NormKind.RMS: Group.ORTHOGONAL, NormKind.LAYER: Group.ORTHOGONAL_CENTRED}
+_FOLDED = {NormKind.RMS: Group.ORTHOGONAL, NormKind.LAYER: Group.ORTHOGONAL_CENTRED}
 """What a norm commutes with once γ and β are folded: RMSNorm (Zhang and Sennrich 2019) sees the length only,
 LayerNorm (Ba et al. 2016) what is left without the mean."""
+_SCALING = {NormKind.RMS: Group.SIGNED_PERMUTATION, NormKind.LAYER: Group.PERMUTATION}
+"""What it commutes with where γ and β stay: γ moves along; a sign passes through γ, but not through a mean."""
 _AFTER = {
     After.NOTHING: Group.ANY,
     After.ELEMENTWISE: Group.PERMUTATION,
+    After.HOMOGENEOUS: Group.POSITIVE_MONOMIAL,
     After.ROTARY: Group.PAIR_SCALARS,
+    After.ROUTING: Group.PERMUTATION,
 }
 _LAYOUT = {
     Layout.FLAT: Group.ANY,
@@ -62,32 +71,41 @@ def subgroups(group: Group) -> frozenset[Group]:
     return frozenset({group}.union(*(subgroups(inner) for inner in _COVERS[group])))
 
 
+@cache
 def meet(a: Group, b: Group) -> Group:
     """The largest known group inside both."""
     common = subgroups(a) & subgroups(b)
     return next(group for group in common if common <= subgroups(group))
 
 
-def cap(architecture: Architecture, space: str, *, folds: bool) -> Group:
-    """The largest group under which the model's output stays, with norms folded or (`folds` False) left alone."""
-    norms = (norm for norm in architecture.norms if norm.space == space)
-    readers = (linear for linear in architecture.linears if linear.reads.space == space)
-    writers = (linear for linear in architecture.linears if linear.writes.space == space)
-    return reduce(
-        meet,
-        [
-            _LAYOUT[architecture.spaces[space].layout],
-            *(_NORM[norm.kind] if folds and not norm.scales else Group.PERMUTATION for norm in norms),
-            *(_read(architecture, linear) for linear in readers),
-            *(_written(linear.writes, linear.after) for linear in writers),
-        ],
-    )
+def caps(architecture: Architecture, *, folds: bool) -> dict[str, Group]:
+    """For each space the largest group under which the model's output stays, with norms folded or left alone."""
+    found = {name: _LAYOUT[space.layout] for name, space in architecture.spaces.items()}
+    centred = {norm.weight for norm in architecture.norms if norm.kind is NormKind.LAYER}
+    for norm in architecture.norms:
+        for space, group in _normalised(norm, folds):
+            found[space] = meet(found[space], group)
+    for linear in architecture.linears:
+        for space, group in _joined(linear, centred):
+            found[space] = meet(found[space], group)
+    return found
 
 
-def _read(architecture: Architecture, linear: Linear) -> Group:
+def _normalised(norm: Norm, folds: bool) -> Iterator[tuple[str, Group]]:
+    if norm.gain is None:
+        yield norm.space, _FOLDED[norm.kind] if folds and not norm.scales else _SCALING[norm.kind]
+        return
+    # All heads share one γ, which stays diagonal: heads may differ by signs, and γ may have factors of its own.
+    yield norm.space, Group.PAIR_SIGNS
+    yield norm.gain.space, _AFTER[norm.after]
+    # What is stored is γ - 1 + unit: only for unit 1 is a factor exact there.
+    yield norm.gain.space, Group.MONOMIAL if folds or norm.unit == 1.0 else Group.IDENTITY
+
+
+def _joined(linear: Linear, centred: set[str]) -> Iterator[tuple[str, Group]]:
     """Only behind a LayerNorm is nothing of the all-ones direction left."""
-    centred = linear.norm is not None and architecture.norm(linear.norm).kind is NormKind.LAYER
-    return Group.ANY if centred else Group.GENERAL
+    yield linear.reads.space, Group.ANY if linear.norm in centred else Group.GENERAL
+    yield linear.writes.space, _written(linear.writes, linear.after)
 
 
 def _written(port: Port, after: After) -> Group:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stip_keyservice.protect.plan import TensorHeader
+from stip_keyservice.protect.matching import TensorHeader
 from stip_protocol.errors import CheckpointInvalid
 
 HEADER_LIMIT = 100_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from stip_keyservice.protect.architecture import Architecture, Layout, Port, Role, Space, Width
-from stip_keyservice.protect.groups import Group, cap
+from stip_keyservice.protect.groups import Group, caps
 from stip_keyservice.protect.presets import Preset
 from stip_protocol.keys import (
     HeadsKey,
@@ -21,8 +21,11 @@ from stip_protocol.keys import (
     draw_monomial,
     draw_orthogonal,
     draw_pair_scalars,
+    draw_pair_scales,
     draw_pair_signs,
     draw_permutation,
+    draw_positive_monomial,
+    draw_signed_permutation,
 )
 from stip_protocol.keys.draw import STREAM_LABEL
 
@@ -32,25 +35,28 @@ _DRAW: dict[Group, Callable[[KeyStream, int], Key]] = {
     Group.IDENTITY: lambda _, size: Identity(size),
     Group.PERMUTATION: draw_permutation,
     Group.PAIR_SIGNS: draw_pair_signs,
+    Group.PAIR_SCALES: draw_pair_scales,
     Group.PAIR_SCALARS: draw_pair_scalars,
+    Group.SIGNED_PERMUTATION: draw_signed_permutation,
+    Group.POSITIVE_MONOMIAL: draw_positive_monomial,
     Group.MONOMIAL: draw_monomial,
     Group.ORTHOGONAL_CENTRED: draw_centred_orthogonal,
     Group.ORTHOGONAL: draw_orthogonal,
 }
 
 
-def group_of(architecture: Architecture, space: str, preset: Preset) -> Group:
-    """The group that the key of `space` is drawn from. An index whose tables all stay in the enclave is public."""
-    if architecture.spaces[space].layout is Layout.INDEX and not preset.head_on_server:
-        return Group.IDENTITY
-    return preset.choose(cap(architecture, space, folds=preset.folds))
+def groups_of(architecture: Architecture, preset: Preset) -> dict[str, Group]:
+    """The group that the key of each space is drawn from. A vocabulary that no server sees is public."""
+    chosen = {name: preset.choose(cap) for name, cap in caps(architecture, folds=preset.folds).items()}
+    if not preset.head_on_server:
+        chosen[architecture.vocabulary_space] = Group.IDENTITY
+    return chosen
 
 
 def draw_keys(architecture: Architecture, preset: Preset, root: bytes) -> dict[str, SpaceKey]:
     """The key of every space, by its name."""
-    return {
-        name: _draw(space, group_of(architecture, name, preset), root) for name, space in architecture.spaces.items()
-    }
+    groups = groups_of(architecture, preset)
+    return {name: _draw(space, groups[name], root) for name, space in architecture.spaces.items()}
 
 
 def key_at(keys: Mapping[str, SpaceKey], port: Port) -> Key:

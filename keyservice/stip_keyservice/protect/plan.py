@@ -2,22 +2,22 @@
 
 `plan` reads a configuration and tensor headers only (no weights), refuses what it cannot protect before
 anything is allocated, draws the keys, and returns a `Plan`. Whoever streams the checkpoint walks
-`Plan.server` and `Plan.enclave` and asks `Plan.compute` for row blocks, in any order.
+`Plan.server` and `Plan.enclave` and asks `Plan.compute` for row blocks, in any order, from several threads.
 
 The server part is a standard checkpoint: of the causal class where the head is on the server, of the base
-class otherwise. The embedding that its class insists on is zeros (one row where nothing needs a vocabulary),
-and so are learned positions; the enclave holds both, keyed, in true order.
+class otherwise. The embedding that its class insists on is zeros (one row where nothing needs a vocabulary)
+unless the server decodes alone, and so are learned positions; the enclave holds both, keyed, in true order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from stip_keyservice.protect.architecture import Architecture, Linear, Norm, Port
+from stip_keyservice.protect.architecture import Architecture, Linear, Norm, Port, Role, Table
 from stip_keyservice.protect.families import expand
 from stip_keyservice.protect.folding import (
     TORCH_DTYPE,
@@ -26,29 +26,23 @@ from stip_keyservice.protect.folding import (
     Matrix,
     MatrixPart,
     Recipe,
+    Stored,
     TensorSource,
     Vector,
     VectorPart,
     stored,
 )
 from stip_keyservice.protect.keyring import SpaceKey, draw_keys, key_at
+from stip_keyservice.protect.matching import TensorHeader, match
 from stip_keyservice.protect.presets import Preset
 from stip_keyservice.protect.presets import preset as preset_named
-from stip_protocol.errors import CheckpointInvalid, PresetRefused, Unrepresentable
-from stip_protocol.keys import Identity, Key
+from stip_keyservice.protect.refusals import require_safe
+from stip_protocol.errors import Unrepresentable
+from stip_protocol.keys import Centred, Identity, Key, Permutation
 from stip_protocol.tensor import SAFETENSORS_DTYPE
 
 EMBEDDING, POSITIONS, HEAD, HEAD_BIAS = "embedding", "positions", "head", "head_bias"
 """Tensors of the enclave part: [V, d] and [P, d] keyed rows; [V, d] in the residual's dual; [V]."""
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One stored tensor as its file announces it. `dtype` is a safetensors name: F64, F32, F16 or BF16."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,8 @@ class Incidence:
     tensor: str
     part: str
     space: str
-    side: Literal["reads", "writes"]
+    side: Literal["reads", "writes", "names"]
+    """`names`: numbered things take each other's places: experts, the rows of a table."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,13 @@ class Plan:
     residual_width: int
     vocabulary: int
     max_positions: int
-    output: Literal["hidden", "top"]
+    output: Literal["hidden", "top", "ids"]
+    logit_cap: float | None
+    """Final logits are cap·tanh(logits / cap)."""
+    architecture: Architecture
+    stored: Mapping[str, Stored]
+    """Where each plain tensor lies in the source, by its name in `architecture`; tied ones are absent where the
+    source leaves them out."""
     keys: Mapping[str, SpaceKey] = field(repr=False)
     incidences: tuple[Incidence, ...] = field(repr=False)
     """Every place where a key that is not the identity meets a tensor."""
@@ -116,6 +117,7 @@ def plan(
     root: bytes,
     *,
     accept_tied_head: bool = False,
+    accept_token_cipher: bool = False,
     keys: Mapping[str, SpaceKey] | None = None,
     mutate: Incidence | None = None,
 ) -> Plan:
@@ -127,44 +129,13 @@ def plan(
     """
     chosen = preset_named(preset)
     architecture = expand(config)
-    if chosen.head_on_server and architecture.tied and not accept_tied_head:
-        raise PresetRefused(
-            f"preset {preset}: a tied head puts the embedding's values on the server, where they reveal every"
-            " token; allowed: the preset hardened, or accept_tied_head",
-            field="preset",
-        )
-    names, dtype = _match(architecture, headers)
+    require_safe(chosen, architecture, accept_tied_head=accept_tied_head, accept_token_cipher=accept_token_cipher)
+    found, dtype = match(architecture, headers)
     drawn = draw_keys(architecture, chosen, root)
     if keys and not keys.keys() <= drawn.keys():
         raise ValueError(f"keys of unknown spaces: {sorted(keys.keys() - drawn.keys())}")
     drawn |= keys or {}
-    return _Builder(architecture, chosen, names, dtype, drawn, mutate).build()
-
-
-def _match(architecture: Architecture, headers: Mapping[str, TensorHeader]) -> tuple[dict[str, str], str]:
-    """(stored name of each tensor that is present, the one dtype). Raises `CheckpointInvalid`."""
-    bare = architecture.tables[0].tensor.removeprefix(architecture.prefix) in headers
-    names = {name: name.removeprefix(architecture.prefix) if bare else name for name in architecture.tensors}
-    dropped = {name.removeprefix(architecture.prefix) if bare else name for name in architecture.dropped}
-    if unknown := sorted(headers.keys() - set(names.values()) - dropped):
-        raise CheckpointInvalid.because("tensor", unknown[0], f"the tensors of {architecture.causal_class}")
-    dtype: str | None = None
-    for name, shape in architecture.tensors.items():
-        header = headers.get(names[name])
-        if header is None:
-            if name not in architecture.tied:
-                raise CheckpointInvalid.because(names[name], "no such tensor", f"shape {list(shape)}")
-            del names[name]
-            continue
-        if header.shape != shape:
-            raise CheckpointInvalid.because(f"{names[name]} shape", list(header.shape), list(shape))
-        if header.dtype not in TORCH_DTYPE:
-            raise CheckpointInvalid.because(f"{names[name]} dtype", header.dtype, ", ".join(TORCH_DTYPE))
-        if header.dtype != (dtype := dtype or header.dtype):
-            raise CheckpointInvalid.because(f"{names[name]} dtype", header.dtype, f"{dtype}, as the tensors before it")
-    if dtype is None:
-        raise CheckpointInvalid.because("tensors", "none", f"the tensors of {architecture.causal_class}")
-    return names, dtype
+    return _Builder(architecture, chosen, found, dtype, drawn, mutate).build()
 
 
 class _Builder:
@@ -174,33 +145,31 @@ class _Builder:
         self,
         architecture: Architecture,
         preset: Preset,
-        names: Mapping[str, str],
+        found: Mapping[str, Stored],
         dtype: str,
         keys: Mapping[str, SpaceKey],
         mutate: Incidence | None,
     ) -> None:
         self._architecture = architecture
         self._preset = preset
-        self._names = names
+        self._stored = found
         self._dtype = dtype
         self._keys = keys
         self._mutate = mutate
+        self._norms = {norm.weight: norm for norm in architecture.norms}
+        self._absorbing = set(_absorbing(architecture, preset)) if preset.folds else set()
         self._incidences: list[Incidence] = []
         self._server: dict[Output, Recipe] = {}
         self._enclave: dict[Output, Recipe] = {}
 
     def build(self) -> Plan:
         architecture, preset = self._architecture, self._preset
-        rows = architecture.vocabulary if preset.head_on_server else 1
+        names = dict(self._expert_names())
         for table in architecture.tables:
-            shape = architecture.tensors[table.tensor]
-            part = self._matrix_part(table.tensor, table.name, Port(table.writes), shape[0])
-            self._put(self._enclave, table.name, shape, Matrix((part,)))
-            shape = (rows if table.index == architecture.linear(architecture.head).writes.space else shape[0], shape[1])
-            self._put(self._server, self._server_name(table.tensor), shape, Constant(0.0, shape))
+            self._table(table)
         for norm in architecture.norms:
             self._norm(norm)
-        self._linears()
+        self._linears(names)
         self._head()
         return Plan(
             server=tuple(self._server),
@@ -208,7 +177,7 @@ class _Builder:
             config=dict(architecture.config)
             | {
                 "architectures": [architecture.causal_class if preset.head_on_server else architecture.base_class],
-                "vocab_size": rows,
+                "vocab_size": self._server_rows,
                 "dtype": SAFETENSORS_DTYPE[self._dtype],
                 "tie_word_embeddings": False,
                 **_NO_IDS,
@@ -221,27 +190,71 @@ class _Builder:
             vocabulary=architecture.vocabulary,
             max_positions=architecture.max_positions,
             output=preset.output,
+            logit_cap=architecture.logit_cap,
+            architecture=architecture,
+            stored=self._stored,
             keys=self._keys,
             incidences=tuple(self._incidences),
             _recipes=self._server | self._enclave,
         )
 
+    @property
+    def _server_rows(self) -> int:
+        """Rows of the server's embedding."""
+        return self._architecture.vocabulary if self._preset.head_on_server else 1
+
+    def _expert_names(self) -> Iterator[tuple[str, str]]:
+        """(tensor, the name it takes) where experts are permuted: slot j holds expert `index[j]`."""
+        for experts in self._architecture.experts:
+            key = self._key(experts.members[0][0], experts.space, Port(experts.space), "names")
+            if isinstance(key, Permutation):
+                for slot, expert in enumerate(key.index):
+                    yield from zip(experts.members[expert], experts.members[slot], strict=True)
+
+    def _table(self, table: Table) -> None:
+        """A table: its rows are vectors of the space. The enclave's is in true order and scaled already."""
+        architecture = self._architecture
+        size, width = architecture.spaces[table.index].size, architecture.spaces[table.writes].size
+        whole = self._stored[table.tensor]
+        rows = Stored(whole.name, whole.start + table.start, whole.stop)
+        writes = self._key(table.tensor, table.name, Port(table.writes), "writes")
+        name = self._server_name(table.tensor)
+        if self._preset.table_on_server:
+            order = self._key(table.tensor, table.name, Port(table.index), "names")
+            part = MatrixPart(rows, ((0, size),), transposed=False, writes=order, reads=writes)
+            self._put(self._server, name, (size, width), Matrix((part,)))
+            return
+        # What the model would multiply a row by, as its own dtype rounds it.
+        scale = float(torch.tensor(table.scale, dtype=torch.float32).to(TORCH_DTYPE[self._dtype]))
+        part = MatrixPart(rows, ((0, size),), transposed=False, writes=Identity(size), reads=writes, scale=scale)
+        self._put(self._enclave, table.name, (size, width), Matrix((part,)))
+        of_ids = table.index == architecture.vocabulary_space
+        shape = (self._server_rows if of_ids else table.start + size, width)
+        self._put(self._server, name, shape, Constant(0.0, shape))
+
     def _norm(self, norm: Norm) -> None:
-        shape = (self._architecture.spaces[norm.space].size,)
-        for tensor, constant in ((norm.weight, norm.unit), (norm.bias, 0.0)):
+        architecture = self._architecture
+        shape = architecture.tensors[norm.weight]
+        folded = self._preset.folds and not norm.scales
+        beta = 1.0 if norm.weight in self._absorbing else 0.0
+        gain = norm.gain or Port(norm.space, Role.PERMUTATION)
+        for tensor, constant, port, shift in (
+            (norm.weight, norm.unit, gain, 1.0 - norm.unit),
+            (norm.bias, beta, Port(norm.space), 0.0),
+        ):
             if tensor is None:
                 continue
-            if self._preset.folds:
+            if folded:
                 recipe: Recipe = Constant(constant, shape)
             else:
-                key = self._key(tensor, norm.weight, Port(norm.space), "writes")
-                recipe = Vector((VectorPart(self._names[tensor], 0, shape[0], key),))
+                key = self._key(tensor, norm.weight, port, "writes")
+                recipe = Vector((VectorPart(self._stored[tensor], ((0, shape[0]),), key, shift=shift),))
             self._put(self._server, self._server_name(tensor), shape, recipe)
 
-    def _linears(self) -> None:
+    def _linears(self, names: Mapping[str, str]) -> None:
         matrices: dict[str, list[MatrixPart]] = {}
         vectors: dict[str, list[VectorPart]] = {}
-        for linear in sorted(self._architecture.linears, key=lambda linear: linear.weight.start):
+        for linear in self._architecture.linears:
             if linear.name == self._architecture.head:
                 continue
             part = self._linear_part(linear)
@@ -249,18 +262,13 @@ class _Builder:
             if linear.bias:
                 key = self._key(linear.bias.tensor, linear.name, linear.writes, "writes")
                 vectors.setdefault(linear.bias.tensor, []).append(
-                    VectorPart(self._names[linear.bias.tensor], linear.bias.start, linear.bias.stop, key, part)
+                    VectorPart(self._stored[linear.bias.tensor], linear.bias.ranges, key, part)
                 )
-            elif part.fold and part.fold.bias:
-                raise Unrepresentable.because(f"{linear.name} bias", "no bias", "a bias that the norm's β folds into")
-        for tensor, matrix in matrices.items():
-            self._put(
-                self._server, self._server_name(tensor), self._architecture.tensors[tensor], Matrix(tuple(matrix))
-            )
-        for tensor, vector in vectors.items():
-            self._put(
-                self._server, self._server_name(tensor), self._architecture.tensors[tensor], Vector(tuple(vector))
-            )
+        recipes: dict[str, Recipe] = {tensor: Matrix(tuple(parts)) for tensor, parts in matrices.items()}
+        recipes |= {tensor: Vector(tuple(parts)) for tensor, parts in vectors.items()}
+        for tensor, recipe in recipes.items():
+            name = self._server_name(names.get(tensor, tensor))
+            self._put(self._server, name, self._architecture.tensors[tensor], recipe)
 
     def _head(self) -> None:
         architecture = self._architecture
@@ -272,35 +280,40 @@ class _Builder:
             self._put(self._server, self._server_name(head.weight.tensor), shape, Matrix((part,)))
             return
         self._put(self._enclave, HEAD, shape, Matrix((part,)))
-        bias = self._names[head.bias.tensor] if head.bias else None
+        bias = self._stored[head.bias.tensor] if head.bias else None
         if bias or (part.fold and part.fold.bias):
-            vector = VectorPart(bias, 0, shape[0], part.writes, part)
+            vector = VectorPart(bias, ((0, shape[0]),), part.writes, part)
             self._put(self._enclave, HEAD_BIAS, shape[:1], Vector((vector,)))
 
     def _linear_part(self, linear: Linear) -> MatrixPart:
-        slab = linear.weight
-        alias = self._names.get(slab.tensor) if slab.tensor in self._architecture.tied else None
-        fold = None
-        if linear.norm and self._preset.folds:
-            norm = self._architecture.norm(linear.norm)
-            fold = Fold(self._names[norm.weight], self._names[norm.bias] if norm.bias else None, 1.0 - norm.unit)
+        slab, tied = linear.weight, self._architecture.tied
+        reads = self._key(slab.tensor, linear.name, linear.reads, "reads").dual
         return MatrixPart(
-            tensor=self._names[self._architecture.tied.get(slab.tensor, slab.tensor)],
-            start=slab.start,
-            stop=slab.stop,
+            tensor=self._stored[tied.get(slab.tensor, slab.tensor)],
+            ranges=slab.ranges,
             transposed=slab.transposed,
             writes=self._key(slab.tensor, linear.name, linear.writes, "writes"),
-            reads=self._key(slab.tensor, linear.name, linear.reads, "reads").dual,
-            fold=fold,
-            alias=alias,
+            reads=reads,
+            fold=self._fold(linear, reads),
+            alias=self._stored.get(slab.tensor) if slab.tensor in tied else None,
         )
 
-    def _matrix_part(self, tensor: str, part: str, writes: Port, rows: int) -> MatrixPart:
-        """A table: its rows are vectors of the space, its index stays in true order."""
-        key = self._key(tensor, part, writes, "writes")
-        return MatrixPart(self._names[tensor], 0, rows, transposed=False, writes=Identity(rows), reads=key)
+    def _fold(self, linear: Linear, reads: Key) -> Fold | None:
+        if linear.norm is None or not self._preset.folds:
+            return None
+        norm = self._norms[linear.norm]
+        absorbs = linear.bias is None and linear.norm in self._absorbing
+        if absorbs and (linear.weight.transposed or not isinstance(reads, Centred)):
+            # A matrix that leaves out the all-ones direction has room for W·β there; no other has.
+            raise Unrepresentable.because(
+                f"bias of {linear.name}",
+                "none",
+                "a bias, which the β of the norm before it folds into; or the preset paper",
+            )
+        bias = self._stored[norm.bias] if norm.bias else None
+        return Fold(self._stored[norm.weight], bias, 1.0 - norm.unit, absorbs)
 
-    def _key(self, tensor: str, part: str, port: Port, side: Literal["reads", "writes"]) -> Key:
+    def _key(self, tensor: str, part: str, port: Port, side: Literal["reads", "writes", "names"]) -> Key:
         key = key_at(self._keys, port)
         if key.identity:
             return key
@@ -313,6 +326,15 @@ class _Builder:
 
     def _put(self, part: dict[Output, Recipe], name: str, shape: tuple[int, ...], recipe: Recipe) -> None:
         part[Output(name, self._dtype, shape)] = recipe
+
+
+def _absorbing(architecture: Architecture, preset: Preset) -> Iterator[str]:
+    """Norms whose β a matrix of the server without a bias takes up."""
+    shifting = {norm.weight for norm in architecture.norms if norm.bias}
+    for linear in architecture.linears:
+        on_server = preset.head_on_server or linear.name != architecture.head
+        if linear.norm in shifting and linear.bias is None and on_server:
+            yield linear.norm
 
 
 _NO_IDS: dict[str, None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from stip_keyservice.protect.folding import TORCH_DTYPE
-from stip_keyservice.protect.plan import Output, Plan, TensorHeader, plan
+from stip_keyservice.protect.matching import TensorHeader
+from stip_keyservice.protect.plan import Output, Plan, plan
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
@@ -20,10 +21,11 @@ class StateSource:
         self._state = state
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._state[name][start:stop]
+        tensor = self._state[name]
+        return (tensor.flatten(end_dim=-2) if tensor.ndim > 2 else tensor)[start:stop]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._state[name]
+    def span(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.rows(name, start, stop)
 
 
 def headers_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:

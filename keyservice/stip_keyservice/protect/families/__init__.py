@@ -6,10 +6,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stip_keyservice.protect.architecture import Architecture
-from stip_keyservice.protect.families import gpt2, llama
+from stip_keyservice.protect.families import gemma, gpt2, gpt_neox, llama, mixtral, opt, phi3, qwen
 from stip_protocol.errors import ArchitectureUnsupported
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {"gpt2": gpt2.expand, "llama": llama.expand}
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
+    "gemma2": gemma.expand_gemma2,
+    "gemma3_text": gemma.expand_gemma3,
+    "gpt2": gpt2.expand,
+    "gpt_neox": gpt_neox.expand,
+    "llama": llama.expand_llama,
+    "mistral": llama.expand_mistral,
+    "mixtral": mixtral.expand,
+    "opt": opt.expand,
+    "phi3": phi3.expand,
+    "qwen2": qwen.expand_qwen2,
+    "qwen2_moe": qwen.expand_qwen2_moe,
+    "qwen3": qwen.expand_qwen3,
+    "qwen3_moe": qwen.expand_qwen3_moe,
+}
 
 
 def expand(config: Mapping[str, Any]) -> Architecture:

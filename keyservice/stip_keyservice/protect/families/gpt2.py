@@ -11,26 +11,14 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from stip_keyservice.protect.architecture import (
-    After,
-    Architecture,
-    Layout,
-    Linear,
-    Norm,
-    NormKind,
-    Port,
-    Role,
-    Slab,
-    Space,
-    Table,
-    Width,
-)
+from stip_keyservice.protect.architecture import Architecture, Layout, NormKind, Port, Table
+from stip_keyservice.protect.families.activations import ACTIVATIONS
+from stip_keyservice.protect.families.blocks import Heads, Projection, attention
+from stip_keyservice.protect.families.draft import Draft
 from stip_keyservice.protect.families.fields import Activation, Dimension, Entries, Epsilon, Fields, Layers
 
-_EMBEDDING = "transformer.wte.weight"
-_POSITIONS = "transformer.wpe.weight"
-_FINAL = "transformer.ln_f"
-_HEAD = "lm_head.weight"
+_EMBEDDING, _POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
+_FINAL, _HEAD = "transformer.ln_f", "lm_head"
 
 
 class GPT2Fields(Fields):
@@ -63,55 +51,21 @@ class GPT2Fields(Fields):
 def expand(config: Mapping[str, Any]) -> Architecture:
     """The tables of a GPT-2. Raises `CheckpointInvalid` naming a field that is wrong."""
     fields = GPT2Fields.read(config)
-    d, vocabulary = fields.n_embd, fields.vocab_size
-    tensors: dict[str, tuple[int, ...]] = {
-        _EMBEDDING: (vocabulary, d),
-        _POSITIONS: (fields.n_positions, d),
-        _HEAD: (vocabulary, d),
-    }
-    spaces = [
-        Space("residual", d),
-        Space("vocabulary", vocabulary, Layout.INDEX),
-        Space("positions", fields.n_positions, Layout.PUBLIC),
-    ]
-    norms, linears = [_norm(_FINAL)], []
-    for layer in range(fields.n_layer):
-        module = f"transformer.h.{layer}"
-        spaces += _spaces(fields, f"layers.{layer}")
-        norms += [_norm(f"{module}.ln_1"), _norm(f"{module}.ln_2")]
-        linears += _linears(fields, f"layers.{layer}", module)
-        tensors |= {
-            f"{module}.attn.c_attn.weight": (d, 3 * d),
-            f"{module}.attn.c_attn.bias": (3 * d,),
-            f"{module}.attn.c_proj.weight": (d, d),
-            f"{module}.attn.c_proj.bias": (d,),
-            f"{module}.mlp.c_fc.weight": (d, fields.inner),
-            f"{module}.mlp.c_fc.bias": (fields.inner,),
-            f"{module}.mlp.c_proj.weight": (fields.inner, d),
-            f"{module}.mlp.c_proj.bias": (d,),
-        }
-    tensors |= {name: (d,) for norm in norms for name in (norm.weight, norm.bias) if name}
-    linears.append(
-        Linear("head", Slab(_HEAD, 0, vocabulary), None, Port("residual"), Port("vocabulary"), norm=norms[0].weight)
-    )
-    return Architecture(
+    draft = Draft()
+    residual = draft.space("residual", fields.n_embd)
+    vocabulary = draft.space("vocabulary", fields.vocab_size, Layout.INDEX)
+    positions = draft.space("positions", fields.n_positions, Layout.PUBLIC)
+    draft.table(Table("embedding", _EMBEDDING, vocabulary.space, residual.space))
+    draft.table(Table("positions", _POSITIONS, positions.space, residual.space))
+    for number in range(fields.n_layer):
+        _layer(draft, f"layers.{number}", f"transformer.h.{number}", fields, residual)
+    final = draft.norm(_FINAL, residual, NormKind.LAYER, bias=True)
+    draft.dense("head", _HEAD, residual, vocabulary, norm=final)
+    return draft.finish(
         family="gpt2",
         prefix="transformer.",
-        tensors=tensors,
-        spaces={space.name: space for space in spaces},
-        norms=tuple(norms),
-        linears=tuple(linears),
-        tables=(
-            Table("embedding", _EMBEDDING, "vocabulary", "residual"),
-            Table("positions", _POSITIONS, "positions", "residual"),
-        ),
-        tied={_HEAD: _EMBEDDING} if fields.tie_word_embeddings else {},
-        dropped=frozenset(
-            f"transformer.h.{layer}.attn.{buffer}"
-            for layer in range(fields.n_layer)
-            for buffer in ("bias", "masked_bias")
-        ),
-        entry="residual",
+        tied={f"{_HEAD}.weight": _EMBEDDING} if fields.tie_word_embeddings else {},
+        entry=residual.space,
         head="head",
         max_positions=fields.n_positions,
         base_class="GPT2Model",
@@ -120,49 +74,22 @@ def expand(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _norm(module: str) -> Norm:
-    return Norm(f"{module}.weight", f"{module}.bias", "residual", NormKind.LAYER)
-
-
-def _spaces(fields: GPT2Fields, layer: str) -> list[Space]:
-    def heads(name: str) -> Space:
-        return Space(
-            f"{layer}.{name}",
-            fields.n_embd,
-            Layout.HEADS,
-            kv_heads=fields.n_head,
-            head_dim=fields.n_embd // fields.n_head,
-            structure=f"{layer}.heads",
-        )
-
-    return [heads("query_key"), heads("value_output"), Space(f"{layer}.feed_forward", fields.inner)]
-
-
-def _linears(fields: GPT2Fields, layer: str, module: str) -> list[Linear]:
-    d = fields.n_embd
-    residual, hidden = Port("residual"), Port(f"{layer}.feed_forward")
-    query_key, values = f"{layer}.query_key", f"{layer}.value_output"
-
-    def linear(
-        name: str, tensor: str, start: int, stop: int, reads: Port, writes: Port, norm: str | None, after: After
-    ) -> Linear:
-        return Linear(
-            name=f"{layer}.{name}",
-            weight=Slab(f"{module}.{tensor}.weight", start, stop, transposed=True),
-            bias=Slab(f"{module}.{tensor}.bias", start, stop),
-            reads=reads,
-            writes=writes,
-            norm=norm and f"{module}.{norm}.weight",
-            after=after,
-        )
-
-    keys = Port(query_key, Role.DUAL, Width.NARROW)
-    nothing = After.NOTHING
-    return [
-        linear("q", "attn.c_attn", 0, d, residual, Port(query_key), "ln_1", nothing),
-        linear("k", "attn.c_attn", d, 2 * d, residual, keys, "ln_1", nothing),
-        linear("v", "attn.c_attn", 2 * d, 3 * d, residual, Port(values, width=Width.NARROW), "ln_1", nothing),
-        linear("o", "attn.c_proj", 0, d, Port(values), residual, None, nothing),
-        linear("up", "mlp.c_fc", 0, fields.inner, residual, hidden, "ln_2", After.ELEMENTWISE),
-        linear("down", "mlp.c_proj", 0, d, hidden, residual, None, nothing),
-    ]
+def _layer(draft: Draft, layer: str, module: str, fields: GPT2Fields, residual: Port) -> None:
+    d, heads = fields.n_embd, fields.n_head
+    width, fused = d // heads, f"{module}.attn.c_attn"
+    queries, keys, values = (
+        Projection(f"{fused}.weight", f"{fused}.bias", range(first, first + d, width), transposed=True)
+        for first in (0, d, 2 * d)
+    )
+    norm = draft.norm(f"{module}.ln_1", residual, NormKind.LAYER, bias=True)
+    shape = Heads(heads, heads, width)
+    attended = attention(draft, layer, shape, queries, keys, values, reads=residual, norm=norm)
+    draft.dense(f"{layer}.o", f"{module}.attn.c_proj", attended, residual, bias=True, transposed=True)
+    norm = draft.norm(f"{module}.ln_2", residual, NormKind.LAYER, bias=True)
+    hidden = draft.space(f"{layer}.feed_forward", fields.inner)
+    after = ACTIVATIONS[fields.activation_function]
+    draft.dense(
+        f"{layer}.up", f"{module}.mlp.c_fc", residual, hidden, bias=True, norm=norm, after=after, transposed=True
+    )
+    draft.dense(f"{layer}.down", f"{module}.mlp.c_proj", hidden, residual, bias=True, transposed=True)
+    draft.drop(f"{module}.attn.bias", f"{module}.attn.masked_bias")
