@@ -16,13 +16,14 @@ from stip_enclave.decode import Decoder
 from stip_enclave.head import Head
 from stip_enclave.link import Link
 from stip_enclave.tables import Tables, open_part
-from stip_protocol.errors import ConfigurationError, InstanceRefused, ManifestMismatch
+from stip_protocol.errors import ConfigurationError, InstanceRefused, ManifestMismatch, PresetRefused
 from stip_protocol.keys import vocabulary_key
 from stip_protocol.manifest import Manifest
 from stip_protocol.release import Grant
 from stip_protocol.telemetry import Telemetry
 
-SUPPORTED_PRESETS = ("paper", "hardened")
+SERVED_PRESETS = ("paper", "hardened")
+SERVED_OUTPUTS = ("hidden", "top")
 Connect = Callable[[bytes], grpc.aio.Channel]
 """A channel to the gateway under a link certificate (DER)."""
 
@@ -34,11 +35,13 @@ class Instance:
         self, folder: Path, developer: Ed25519PublicKey, connect: Connect, limits: Limits, telemetry: Telemetry
     ) -> None:
         """Raises `SignatureInvalid`, `ManifestMismatch` or `VersionUnsupported` for a bad manifest, and
-        `ConfigurationError` for a preset that this enclave does not serve.
+        `PresetRefused` for a preset or a form of output that this enclave does not serve.
         """
         self.manifest, self.digest = Manifest.load(folder / "manifest.json", developer)
-        if self.manifest.preset not in SUPPORTED_PRESETS:
-            raise ConfigurationError.because("manifest preset", self.manifest.preset, ", ".join(SUPPORTED_PRESETS))
+        for name, served in (("preset", SERVED_PRESETS), ("output", SERVED_OUTPUTS)):
+            if (got := getattr(self.manifest, name)) not in served:
+                refused = f"{got}, not served by this enclave yet"
+                raise PresetRefused.because(f"manifest {name}", refused, ", ".join(served))
         self._folder, self._connect, self._limits, self._telemetry = folder, connect, limits, telemetry
         self._opened: tuple[Tables, Decoder] | None = None
         self._loading = asyncio.Lock()
@@ -97,7 +100,9 @@ class Instance:
     def _open(self, grant: Grant) -> tuple[Tables, Decoder]:
         manifest = self.manifest
         part = open_part(self._folder / "enclave", manifest, self.digest, grant)
-        head = None if part.head is None else Head(part.head, part.head_bias, manifest.dtype)
+        head = None
+        if part.head is not None:
+            head = Head(part.head, part.head_bias, manifest.dtype, logit_cap=manifest.logit_cap)
         true_ids = None
         if manifest.output == "top":
             if grant.vocabulary_seed is None:

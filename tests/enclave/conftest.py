@@ -131,7 +131,9 @@ def make_toy(
     max_positions: int = 64,
     tables: tuple[str, ...] | None = None,
     chunk_bytes: int = 512,
+    **fields: Any,
 ) -> Toy:
+    """`fields` of the manifest."""
     generator = np.random.default_rng(5)
     shapes = {
         "embedding": (vocabulary, width),
@@ -167,6 +169,7 @@ def make_toy(
             "server": {},
             "enclave": {path.name: file_digest(path) for path in (folder / "enclave").iterdir()},
             "certificate": {},
+            **fields,
         }
     )
     digest = manifest.write(folder / "manifest.json", developer)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stip_enclave.config import Limits
 from stip_enclave.head import Head
@@ -18,6 +19,7 @@ from stip_protocol.errors import (
     InstanceRefused,
     ManifestMismatch,
     PositionRefused,
+    PresetRefused,
     RequestInvalid,
     SealedPartInvalid,
     SignatureInvalid,
@@ -91,6 +93,50 @@ def test_the_head_computes_what_torch_computes_in_the_native_dtype(toys: Toys, d
     expected = torch.nn.functional.linear(tensor(hidden), weight, tensor(toy.arrays["head_bias"]) if bias else None)
     assert logits.dtype == (np.float64 if dtype == "float64" else np.float32)
     assert np.array_equal(logits, expected.to(torch.float64).numpy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_capped_head_computes_what_gemma2_computes_in_the_native_dtype(toys: Toys, dtype: str) -> None:
+    toy = toys(dtype=dtype)
+    part = opened(toy)
+    vocabulary, width = toy.arrays["head"].shape
+    config = Gemma2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, tie_word_embeddings=False, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = Gemma2ForCausalLM(config).to(getattr(torch, dtype)).eval()
+    model.lm_head.weight.data = torch.from_numpy(toy.arrays["head"].view(np.uint8).copy()).view(model.dtype)
+    with torch.inference_mode():
+        rows = torch.randn(1, 5, width).to(model.dtype)
+        hidden = model.model(inputs_embeds=rows).last_hidden_state[0]
+        expected = model(inputs_embeds=rows).logits[0]
+    array = hidden.view(torch.uint8).numpy().view(toy.embedding.dtype)
+    logits = torch.from_numpy(Head(part.head, None, dtype, logit_cap=0.5).logits(array))
+    assert logits.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    # Rounded to the native dtype; what is left is the order of sums in the product.
+    assert torch.equal(logits.to(model.dtype).to(logits.dtype), logits)
+    torch.testing.assert_close(
+        logits.to(model.dtype), expected, rtol=0, atol=max(1e-14, torch.finfo(model.dtype).eps / 2)
+    )
+
+
+async def test_an_opened_instance_caps_its_head_as_its_manifest_says(toys: Toys) -> None:
+    toy = toys(logit_cap=0.5)
+    instance = instance_of(toy)
+    await instance.load(toy.grant)
+    head = instance._require_opened()[1]._head
+    assert head is not None
+    logits = head.logits(toy.embedding[:3])
+    plain = Head(opened(toy).head, None, "float32").logits(toy.embedding[:3])
+    assert np.array_equal(logits, (torch.tanh(torch.from_numpy(plain) / 0.5) * 0.5).numpy())
+
+
+@pytest.mark.parametrize("what", ["throughput", "ids"])
+def test_an_instance_that_generates_on_the_server_is_refused(toys: Toys, what: str) -> None:
+    toy = toys(preset="throughput") if what == "throughput" else toys(output="ids")
+    with pytest.raises(PresetRefused, match="not served by this enclave yet"):
+        instance_of(toy)
 
 
 def flip(path: Any, at: int) -> None:

@@ -17,6 +17,7 @@ from stip_protocol.manifest import Manifest, file_digest
 from stip_server.config import EngineSettings
 from stip_server.engine import Form
 from stip_server.engines.transformers import TransformersEngine, card_for, load
+from tests.server.models import MODELS, tiny
 
 KEY = Ed25519PrivateKey.generate()
 
@@ -168,4 +169,46 @@ def test_an_instance_without_its_server_part_is_refused(make_instance: Any) -> N
     instance = make_instance("gpt2", "hidden")
     (instance / "server").rename(instance / "elsewhere")
     with pytest.raises(CheckpointInvalid, match="server"):
+        load(instance, KEY.public_key(), "cpu")
+
+
+@pytest.mark.parametrize("output", ["hidden", "top"])
+@pytest.mark.parametrize("name", MODELS)
+async def test_every_family_loads_in_its_class_and_computes_what_was_saved(
+    tmp_path: Path, name: str, output: str
+) -> None:
+    model = tiny(name)
+    base = model.base_model
+    (model if output == "top" else base).save_pretrained(tmp_path / "server")
+    (tmp_path / "server" / "generation_config.json").unlink(missing_ok=True)
+    width = model.get_input_embeddings().weight.shape[1]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    preset = "paper" if output == "top" else "hardened"
+    sign(tmp_path, output=output, preset=preset, width=width, logit_cap=cap, max_positions=96)
+    loaded = load(tmp_path, KEY.public_key(), "cpu")
+    settings = EngineSettings(slots=2)
+    card = card_for(loaded.model, loaded.head, settings, manifest=loaded.manifest, digest=loaded.digest)
+    assert (card.width, card.max_positions) == (width, 72 if "longrope" in name else 96)
+    rows = torch.randn(1, 20, width)
+    with torch.inference_mode():
+        expected = base(inputs_embeds=rows).last_hidden_state
+        loaded.model.set_attn_implementation(model.config._attn_implementation)
+        assert torch.equal(loaded.model(inputs_embeds=rows).last_hidden_state, expected)
+        if output == "top":
+            assert torch.equal(loaded.head(expected), model.get_output_embeddings()(expected))  # type: ignore[misc]
+    await TransformersEngine(loaded.model, loaded.head, card, settings).stop()
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_a_cap_that_the_manifest_does_not_say_is_refused(tmp_path: Path, cap: float | None) -> None:
+    tiny("gemma2").base_model.save_pretrained(tmp_path / "server")
+    sign(tmp_path, logit_cap=cap)
+    with pytest.raises(CheckpointInvalid, match=r"final_logit_softcapping: got 5\.0"):
+        load(tmp_path, KEY.public_key(), "cpu")
+
+
+def test_a_refused_throughput_instance_says_what_would_serve_it(make_instance: Any) -> None:
+    instance = make_instance("llama", "hidden")
+    sign(instance, preset="throughput")
+    with pytest.raises(PresetRefused, match="generates by itself"):
         load(instance, KEY.public_key(), "cpu")

@@ -35,7 +35,8 @@ class TransformersEngine:
     `model` is a base model and `head` the linear map to logits, or None where a session wants hidden states only
     (see `stip_server.engines.transformers.loading.split`). Both are used as they are, protected or plain, and
     stay unchanged; `card` says what they are (`loading.card_for`). Memory for `card.max_sessions` sessions of
-    `card.max_positions` rows is taken here. Raises `CheckpointInvalid` for attention that is not full and causal.
+    `card.max_positions` rows is taken here. Raises `CheckpointInvalid` for a model that the
+    engine would get wrong (see `family`).
     """
 
     def __init__(self, model: nn.Module, head: nn.Module | None, card: Card, settings: EngineSettings) -> None:

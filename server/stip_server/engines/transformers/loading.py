@@ -19,6 +19,7 @@ from stip_protocol.manifest import Manifest, check_files
 from stip_protocol.tensor import FRAME_LIMIT, SAFETENSORS_DTYPE, row_bytes
 from stip_server.config import EngineSettings
 from stip_server.engine import Card, Form
+from stip_server.engines.transformers.family import shape_of
 
 LOADERS: dict[Form, Any] = {
     Form.HIDDEN: transformers.AutoModel,
@@ -48,8 +49,9 @@ def load(instance: Path, developer: Ed25519PublicKey, device: str) -> Loaded:
     does not serve.
     """
     manifest, digest = Manifest.load(instance / "manifest.json", developer)
-    if manifest.preset == "throughput":
-        raise PresetRefused.because("preset", manifest.preset, "paper, hardened")
+    if manifest.preset == "throughput" or manifest.output not in LOADERS:
+        served = "paper, hardened; serving it needs an engine that generates by itself"
+        raise PresetRefused.because("preset", manifest.preset, served)
     folder = instance / "server"
     if not folder.is_dir():
         raise CheckpointInvalid.because("server", "no such folder", "the server part of the instance")
@@ -57,7 +59,7 @@ def load(instance: Path, developer: Ed25519PublicKey, device: str) -> Loaded:
     _require_dtype(folder, manifest)
     model = _load(folder, manifest, device)
     base, head = split(model)
-    width = base.config.hidden_size
+    shape = shape_of(base.config)
     form = Form(manifest.output)
     if form is Form.HIDDEN:
         head = None
@@ -65,8 +67,10 @@ def load(instance: Path, developer: Ed25519PublicKey, device: str) -> Loaded:
         raise CheckpointInvalid.because("vocabulary", model.config.vocab_size, manifest.vocabulary)
     elif row_bytes(manifest.dtype, manifest.vocabulary) > FRAME_LIMIT:
         raise CheckpointInvalid.because("vocabulary", manifest.vocabulary, f"a logits row of {FRAME_LIMIT} bytes")
-    if width != manifest.width:
-        raise CheckpointInvalid.because("hidden_size", width, manifest.width)
+    if shape.width != manifest.width:
+        raise CheckpointInvalid.because("hidden_size", shape.width, manifest.width)
+    if shape.logit_cap != manifest.logit_cap:
+        raise CheckpointInvalid.because("final_logit_softcapping", shape.logit_cap, manifest.logit_cap)
     return Loaded(base, head, manifest, digest)
 
 
@@ -84,9 +88,9 @@ def card_for(
     digest: bytes = b"",
 ) -> Card:
     """The card of a loaded model. Without a manifest, of a plain one: then it offers hidden states, and tops
-    where it has a head."""
-    config: Any = model.config
-    positions = int(config.max_position_embeddings)
+    where it has a head. Raises `CheckpointInvalid` for a model that the engine would get wrong."""
+    shape = shape_of(model.config)
+    positions = shape.positions
     limits = [positions, manifest.max_positions if manifest else positions, settings.max_positions or positions]
     forms = (Form(manifest.output),) if manifest else (Form.HIDDEN, Form.TOP) if head else (Form.HIDDEN,)
     parameter = next(model.parameters())
@@ -96,7 +100,7 @@ def card_for(
         manifest_digest=digest,
         preset=manifest.preset if manifest else "plain",
         dtype=str(parameter.dtype).removeprefix("torch."),
-        width=int(config.hidden_size),
+        width=shape.width,
         vocabulary=int(head.weight.shape[0]) if isinstance(head, nn.Linear) else 0,
         max_positions=min(limits),
         max_sessions=settings.slots,

@@ -15,13 +15,18 @@ from torch import nn
 from stip_protocol.errors import CheckpointInvalid, TensorInvalid
 from stip_protocol.tensor import row_bytes
 from stip_server.engine import TOP_COUNT, Card, Form, Hidden, Logits, Top
-from stip_server.engines.transformers.attention import SLOT_ATTENTION
+from stip_server.engines.transformers.attention import SLOT_ATTENTION, soft_capped
 from stip_server.engines.transformers.cache import Placement, SlotCache
+from stip_server.engines.transformers.family import EVERY_LAYER, shape_of
 from stip_server.engines.transformers.scheduler import Batch, Work
+from stip_server.engines.transformers.slots import Vacate
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary scalings whose frequencies depend on the longest sequence of a batch: a neighbour would change a
-session's answer."""
+Masks = torch.Tensor | dict[str, torch.Tensor | None] | None
+"""What a model takes as `attention_mask`: one for all layers, or one a kind of layer."""
+EXPERTS = {torch.float64: "eager"}
+"""How experts are computed where torch has no grouped product for the dtype."""
+GROUPED_EXPERTS = "grouped_mm"
+"""One product an expert over its rows: what transformers itself chooses, and the fastest of its choices on CPUs too."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,20 @@ class Runner:
         self._model: Any = _own(model)
         self._device: torch.device = next(model.parameters()).device
         self._head = None if head is None else _own(head)
-        config = self._model.config
-        _require_full_attention(config)
+        self._shape = shape = shape_of(self._model.config)
+        for name, got, allowed in (
+            ("width", card.width, shape.width),
+            ("max_positions", card.max_positions, min(card.max_positions, shape.positions)),
+        ):
+            if got != allowed:
+                raise CheckpointInvalid.because(f"card {name}", got, allowed)
         self._model.set_attn_implementation(SLOT_ATTENTION)
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self._groups = heads // kv_heads
-        shape = (card.max_sessions, kv_heads, card.max_positions, head_width)
-        self._cache = SlotCache(config.num_hidden_layers, shape, self._dtype, self._device)
+        if shape.experts:
+            self._model.set_experts_implementation(EXPERTS.get(self._dtype, GROUPED_EXPERTS))
+        slots = (card.max_sessions, shape.kv_heads, card.max_positions, shape.head_width)
+        self._cache = SlotCache(shape.layers, slots, self._dtype, self._device)
         self._steps = torch.arange(card.max_positions, device=self._device)
+        self._rehearse()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[list[Result], float]:
@@ -101,37 +110,65 @@ class Runner:
         index = torch.tensor([w.slot - first for w in work], device=self._device)
         length = max(w.position for w in work) + 1
         members = (index, index + first, positions[index])
-        mask = None
-        if any(w is None or w.position + 1 != length for w in span):
-            mask = self._mask(positions[:, None], length)[:, None]
+        ragged = any(w is None or w.position + 1 != length for w in span)
+        masks = self._masks(positions[:, None], length, ragged=ragged)
         self._cache.place(Placement(first, stop, 0, 1, length, members))
-        return self._forward(self._tensor(rows)[:, None], positions[:, None], mask)[index, 0]
+        return self._forward(self._tensor(rows)[:, None], positions[:, None], masks)[index, 0]
 
     def _single(self, work: Work) -> torch.Tensor:
         """One or more rows of one session: hidden states [rows, d]."""
         length = work.position + work.count
         positions = self._steps[work.position : length]
-        mask = None
-        if work.count > 1:
-            mask = self._mask(positions, length).repeat(self._groups, 1)[None, None]
+        masks = self._masks(positions[None], length, ragged=work.count > 1)
         self._cache.place(Placement(work.slot, work.slot + 1, work.position, work.count, length))
         rows = self._tensor(bytearray().join(work.rows))
-        return self._forward(rows[None], positions[None], mask)[0]
+        return self._forward(rows[None], positions[None], masks)[0]
 
-    def _forward(self, rows: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _rehearse(self) -> None:
+        """Step a row of zeros, so that a model that does not fit its configuration is refused before it is offered."""
+        self._cache.place(Placement(0, 1, 0, 1, 1))
+        row = torch.zeros((1, 1, self._shape.width), dtype=self._dtype, device=self._device)
+        with torch.inference_mode():
+            try:
+                self._forward(row, self._steps[None, :1], self._masks(self._steps[None, :1], 1, ragged=False))
+            except CheckpointInvalid:
+                raise
+            except Exception as error:
+                got = f"a model that does not step ({type(error).__name__})"
+                raise CheckpointInvalid.because("server", got, "one that fits its configuration") from error
+            self._cache.vacate([Vacate(0, 0, 1, 0)])
+
+    def _forward(self, rows: torch.Tensor, positions: torch.Tensor, masks: Masks) -> torch.Tensor:
         out: torch.Tensor = self._model(
             inputs_embeds=rows,
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=masks,
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
         return out
 
-    def _mask(self, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """What is added to the scores [..., length]: 0 up to a row's own position, -inf beyond."""
-        beyond = self._steps[:length] > positions[..., None]
-        return torch.zeros_like(beyond, dtype=self._dtype).masked_fill_(beyond, -math.inf)
+    def _masks(self, positions: torch.Tensor, length: int, *, ragged: bool) -> Masks:
+        """What rows at `positions` [batch, rows] see of `length` positions, for every kind of layer.
+
+        Not `ragged`: every row sees all of them wherever a window does not hide the first ones.
+        """
+        full = self._mask(positions, length, None) if ragged else None
+        masks = {
+            kind: full if window is None or length <= window else self._mask(positions, length, window)
+            for kind, window in self._shape.windows.items()
+        }
+        return masks if self._shape.layered else masks[EVERY_LAYER]
+
+    def _mask(self, positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+        """What is added to the scores: 0 at a row's own position and before it, as far as the window reaches, and
+        -inf elsewhere. [batch, 1, groups · rows, length], or [batch, 1, 1, length] for one row."""
+        hidden = self._steps[:length] > positions[..., None]
+        if window is not None:
+            hidden |= self._steps[:length] <= positions[..., None] - window
+        mask = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, -math.inf)
+        rows = positions.shape[-1]
+        return (mask if rows == 1 else mask.repeat(1, self._shape.groups, 1))[:, None]
 
     def _tensor(self, rows: bytearray) -> torch.Tensor:
         return torch.frombuffer(rows, dtype=self._dtype).view(-1, self._card.width).to(self._device)
@@ -155,6 +192,8 @@ class Runner:
     def _top(self, hidden: torch.Tensor) -> list[Result]:
         assert self._head is not None
         logits = self._head(hidden)
+        if (cap := self._shape.logit_cap) is not None:
+            logits = soft_capped(logits, cap)
         count = min(TOP_COUNT, logits.shape[-1])
         values, indices = torch.topk(logits, count)
         wide = logits if self._dtype is torch.float64 else logits.float()
@@ -178,17 +217,6 @@ def _own(module: nn.Module) -> Any:
     shared: dict[int, object] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     own = copy.deepcopy(module, shared)
     return own.eval()
-
-
-def _require_full_attention(config: object) -> None:
-    """Raise `CheckpointInvalid` for attention that the slot cache does not offer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in LENGTH_DEPENDENT_ROPE:
-        raise CheckpointInvalid.because("rope_type", rope["rope_type"], "one that does not depend on the length")
-    if getattr(config, "sliding_window", None) or getattr(config, "is_causal", True) is False:
-        raise CheckpointInvalid.because("attention", "sliding or bidirectional", "full causal attention")
-    if getattr(config, "reorder_and_upcast_attn", False):
-        raise CheckpointInvalid.because("reorder_and_upcast_attn", True, False)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
