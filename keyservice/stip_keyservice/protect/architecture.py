@@ -222,6 +222,10 @@ class Architecture:
             ends = [0, *(stop for _, stop in sorted(ranges))]
             if [start for start, _ in sorted(ranges)] != ends[:-1] or ends[-1] != out:
                 raise ValueError(f"{tensor}: slabs {sorted(ranges)} do not tile {out} rows")
+        through = {linear.norm for linear in self.linears}
+        for norm in self.norms:
+            if norm.scales is (norm.weight in through):
+                raise ValueError(f"{norm.weight}: a norm either folds into matrices that read through it, or scales")
         for experts in self.experts:
             if len(experts.members) != self.spaces[experts.space].size:
                 raise ValueError(f"{experts.space}: {len(experts.members)} experts")
