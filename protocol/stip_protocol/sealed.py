@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -50,33 +50,37 @@ CHUNKS_LIMIT = 1 << 32
 _NONCE_BYTES = 12
 
 
-class SealedWriter:
-    """Writes one sealed file as a stream; a context manager.
+class Sink(Protocol):
+    """What takes bytes in order: a file, a file that is hashed as it is written."""
 
-    The file appears under `path` when the block ends without an exception, whole and atomically; until then it
-    is `<path>.partial`, which an exception removes. `key` is the instance's part key (32 bytes); the file's
-    name is bound into every chunk.
+    def write(self, data: bytes, /) -> object: ...
+
+
+class SealedStream:
+    """Seals what is written to it, into `sink`.
+
+    `key` is the instance's part key (32 bytes); `file`, the name that the file will have, is bound into every chunk.
     """
 
     def __init__(
-        self, path: Path, *, key: bytes, instance: str, epoch: int, preset: str, chunk_bytes: int = CHUNK_BYTES
+        self,
+        sink: Sink,
+        *,
+        key: bytes,
+        instance: str,
+        epoch: int,
+        preset: str,
+        file: str,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        if not 1 <= chunk_bytes <= CHUNK_LIMIT:
-            raise SealedPartInvalid.because("chunk_bytes", chunk_bytes, f"1 to {CHUNK_LIMIT}")
+        _require_chunk_bytes(chunk_bytes)
         salt = secrets.token_bytes(SALT_BYTES)
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._chunks = _Chunks(key, salt, instance, epoch, preset, path.name)
+        self._sink = sink
+        self._chunks = _Chunks(key, salt, instance, epoch, preset, file)
         self._chunk_bytes = chunk_bytes
-        self._header = MAGIC + FORMAT_VERSION.to_bytes(4, "big") + chunk_bytes.to_bytes(4, "big") + salt
         self._pending = bytearray()
         self._index = 0
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> Self:
-        self._file = self._partial.open("xb")
-        self._file.write(self._header)
-        return self
+        sink.write(MAGIC + FORMAT_VERSION.to_bytes(4, "big") + chunk_bytes.to_bytes(4, "big") + salt)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append plaintext; returns its length in bytes."""
@@ -90,28 +94,57 @@ class SealedWriter:
             taken += step
         return taken
 
+    def end(self) -> None:
+        """Write the last chunk: without it nothing opens."""
+        self._emit(last=True)
+
+    def _emit(self, *, last: bool) -> None:
+        self._sink.write(self._chunks.seal(self._pending, self._index, last))
+        self._pending.clear()
+        self._index += 1
+
+
+class SealedWriter:
+    """Writes one sealed file; a context manager.
+
+    The file appears under `path` when the block ends without an exception, whole and atomically; until then it
+    is `<path>.partial`, which an exception removes.
+    """
+
+    def __init__(
+        self, path: Path, *, key: bytes, instance: str, epoch: int, preset: str, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        _require_chunk_bytes(chunk_bytes)
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._seal: Callable[[Sink], SealedStream] = lambda sink: SealedStream(
+            sink, key=key, instance=instance, epoch=epoch, preset=preset, file=path.name, chunk_bytes=chunk_bytes
+        )
+
+    def __enter__(self) -> SealedStream:
+        self._file = self._partial.open("xb")
+        try:
+            self._stream = self._seal(self._file)
+        except BaseException:
+            self._discard()
+            raise
+        return self._stream
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None:
-            raise SealedPartInvalid(f"{self._path.name}: the writer was not entered")
         try:
             if kind is None:
-                self._emit(last=True)
+                self._stream.end()
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                self._file.close()
                 self._partial.replace(self._path)
         finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self._discard()
 
-    def _emit(self, *, last: bool) -> None:
-        if self._file is None:
-            raise SealedPartInvalid(f"{self._path.name}: the writer was not entered")
-        self._file.write(self._chunks.seal(self._pending, self._index, last))
-        self._pending.clear()
-        self._index += 1
+    def _discard(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 def open_sealed(
@@ -193,6 +226,11 @@ class _Chunks:
 
     def _bound(self, index: int, last: bool) -> bytes:
         return canonical.encode([*self._place, index, last])
+
+
+def _require_chunk_bytes(chunk_bytes: int) -> None:
+    if not 1 <= chunk_bytes <= CHUNK_LIMIT:
+        raise SealedPartInvalid.because("chunk_bytes", chunk_bytes, f"1 to {CHUNK_LIMIT}")
 
 
 def _open(source: Path | BinaryIO, file: str) -> BinaryIO | nullcontext[BinaryIO]:

@@ -103,6 +103,9 @@ def test_the_command_as_a_process_writes_a_signed_certified_instance(
     manifest, digest = Manifest.load(out / "manifest.json", home.developer.public_key())
     assert (report["instance"], report["manifest_digest"]) == (manifest.instance, digest.hex())
     assert report["certificate"]["passed"] is True
+    assert list(report["stages"]) == ["keys", "server", "enclave", "certificate"]
+    assert all(stage["seconds"] > 0 for stage in report["stages"].values())
+    assert report["stages"]["server"]["bytes"] > 0
     secrets = open_secrets((out / "secrets.sealed").read_bytes(), home.sealing)
     assert (secrets.instance, secrets.manifest_digest) == (manifest.instance, digest)
     assert not list(tmp_path.glob("*.partial"))
@@ -117,6 +120,7 @@ def test_the_command_shows_a_table_and_seals_to_a_given_key_service(checkpoint_o
     assert done.exit_code == 0, done.output
     assert "Same top-1" in done.stdout
     assert "100.00%" in done.stdout
+    assert "MB/s" in done.stdout
     assert open_secrets((tmp_path / "out" / "secrets.sealed").read_bytes(), SEALING).epoch == 9
 
 
@@ -313,7 +317,9 @@ def test_a_tied_head_under_paper_needs_to_be_accepted(checkpoint_of: Checkpoints
 
 
 @pytest.mark.parametrize("preset", ["throughput", "none"])
-def test_presets_that_are_not_offered_are_refused(checkpoint_of: Checkpoints, tmp_path: Path, preset: str) -> None:
+def test_presets_that_are_unknown_or_not_accepted_are_refused(
+    checkpoint_of: Checkpoints, tmp_path: Path, preset: str
+) -> None:
     with pytest.raises(PresetRefused, match="preset"):
         protected(checkpoint_of(GPT2), tmp_path / "out", preset)
 
@@ -373,14 +379,23 @@ def test_a_model_that_cannot_be_certified_is_not_published(checkpoint_of: Checkp
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_terminated_command_leaves_nothing_behind(checkpoint_of: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_says_what_it_keeps_and_goes_on_from_there(
+    checkpoint_of: Checkpoints, tmp_path: Path, number: signal.Signals
+) -> None:
+    partial = tmp_path / "out.partial"
     arguments = [checkpoint_of(LLAMA), "--out", tmp_path / "out", "--home", tmp_path / "home", "--samples", "64"]
-    process = subprocess.Popen([*PROCESS, *map(str, arguments)], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "out.partial").exists():
+    process = subprocess.Popen([*PROCESS, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (partial / "journal").exists():
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert not list(tmp_path.glob("out*"))
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; {partial} is kept: run the same command again to go on, or remove it" in said
+    assert "Traceback" not in said
+    done = command(*arguments)
+    assert done.exit_code == 0, done.output
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_the_other_commands_of_the_key_service_do_not_pay_for_torch() -> None:

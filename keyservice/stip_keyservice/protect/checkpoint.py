@@ -84,11 +84,6 @@ class Checkpoint:
         nbytes = (stop - start) * math.prod(_matrix_form(header.shape)[1]) * ITEM_BYTES[header.dtype]
         return self._spans.get((name, start, stop), nbytes, lambda: self.rows(name, start, stop))
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
-        shape = self.headers[name].shape
-        return self.span(name, 0, _matrix_form(shape)[0]).reshape(shape)
-
     def place(self, name: str) -> tuple[int, int]:
         """Where a tensor lies (file, byte): the order in which to read a disk."""
         number = self._shard_of[name]

@@ -21,7 +21,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
+from stip_keyservice.protect.progress import STAGES, Lines, amount, rate_of
+from stip_keyservice.protect.progress import Progress as Callback
+from stip_protocol.errors import Cancelled, ConfigurationError, IntegrityError, StipError
 from stip_protocol.manifest import Preset
 from stip_protocol.runtime.files import read_x25519
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from stip_keyservice.protect.instance import Protected
 
 EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
-STAGES = {"server": "Server part", "enclave": "Enclave part", "certificate": "Certificate"}
+EXIT_SIGNAL = 128
+"""Plus the number of the signal that stopped the command, as shells report it."""
 
 EPILOG = """\b
 Examples:
@@ -37,11 +40,16 @@ Examples:
   stip-keyservice protect ./gpt2 --preset paper --accept-tied-head --out ./instance --json
 
 \b
+Interrupted or killed, the same command goes on where it stopped: what is finished lies in
+OUT.partial, with the root secret sealed to this home. Remove that folder to start anew.
+
+\b
 Exit codes:
-  0  the instance is written, signed and certified
-  1  another failure
-  2  the input or the configuration is refused; nothing is written
-  3  the protected instance does not compute what its source computes; nothing is written
+  0         the instance is written, signed and certified
+  1         another failure
+  2         the input or the configuration is refused; nothing is left behind
+  3         the instance does not compute what its source computes; nothing is left behind
+  130, 143  stopped by Ctrl-C or SIGTERM; OUT.partial is kept
 """
 
 
@@ -49,11 +57,12 @@ Exit codes:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--preset",
-    type=click.Choice(["paper", "hardened"]),
+    type=click.Choice(["paper", "hardened", "throughput"]),
     default="hardened",
     show_default=True,
     help="hardened: the largest lossless group of keys, head and sampling in the enclave. paper: permutations as"
-    " published, bit-exact weights, a permuted head on the server.",
+    " published, bit-exact weights, a permuted head on the server. throughput: the server decodes alone, on permuted"
+    " token ids.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Instance folder: missing or empty.")
 @click.option(
@@ -81,6 +90,17 @@ Exit codes:
     " values, and can recover every token.",
 )
 @click.option(
+    "--accept-token-cipher",
+    is_flag=True,
+    help="Allow the preset throughput: the server then sees token ids under a substitution cipher, under which it can"
+    " generate text of its own to compare with.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    help="Threads that compute; each holds some 150 MB.  [default: the cores available, at most 8]",
+)
+@click.option(
     "--samples",
     type=click.IntRange(1, 64),
     default=4,
@@ -99,6 +119,8 @@ def protect(
     epoch: int,
     seal_to: Path | None,
     accept_tied_head: bool,
+    accept_token_cipher: bool,
+    workers: int | None,
     samples: int,
     as_json: bool,
     quiet: bool,
@@ -114,7 +136,7 @@ def protect(
     `server/` to the operator, `enclave/` to wherever enclaves fetch it, and `client/` to your users.
     """
     try:
-        with _terminable(), _progress(quiet) as progress:
+        with _stoppable(), _progress(quiet) as progress:
             opened = Home.open(home)
             recipient = opened.sealing.public_key() if seal_to is None else read_x25519(seal_to, field="seal-to")
             result = _protection()(
@@ -123,13 +145,18 @@ def protect(
                 preset=preset,
                 developer=opened.developer,
                 seal_to=recipient,
+                restart_key=opened.sealing,
                 epoch=epoch,
                 accept_tied_head=accept_tied_head,
+                accept_token_cipher=accept_token_cipher,
+                workers=workers,
                 samples=samples,
                 progress=progress,
             )
     except StipError as error:
         _fail(error, as_json)
+    except _Stopped as stopped:
+        _leave(stopped, out, as_json)
     if as_json:
         click.echo(json.dumps(_report(result)))
     elif not quiet:
@@ -156,43 +183,67 @@ class _Bars:
         self._tasks = {
             stage: progress.add_task(title, start=False, visible=False, rate="") for stage, title in STAGES.items()
         }
+        self._begun: set[str] = set()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         task = self._tasks[stage]
-        if done == 0:
-            self._progress.start_task(task)
+        if stage not in self._begun:  # what an earlier run did says nothing about how fast this one is
+            self._begun.add(stage)
+            self._progress.reset(task, total=total, completed=done, visible=True)
         speed = self._progress.tasks[task].speed
-        unit, scale = ("sequences/s", 1.0) if stage == "certificate" else ("MB/s", 1e6)
-        rate = f"{speed / scale:.1f} {unit}" if speed else ""
-        self._progress.update(task, completed=done, total=total, rate=rate, visible=True)
+        self._progress.update(task, completed=done, total=total, rate=rate_of(stage, speed) if speed else "")
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[_Bars]:
+def _progress(quiet: bool) -> Iterator[Callback]:
+    """Bars on a terminal, lines elsewhere."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines((lambda line: None) if quiet else lambda line: click.echo(line, err=True))
+        return
     columns = (
-        TextColumn("{task.description:<13}"),
+        TextColumn("{task.description:<14}"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=quiet) as progress:
         yield _Bars(progress)
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the command as an exception, so that a half-written instance is removed."""
+def _stoppable() -> Iterator[None]:
+    """Signals end the command as an exception: threads end, files are closed, and the user is told what is kept."""
 
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Stopped(number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(stopped: _Stopped, out: Path, as_json: bool) -> NoReturn:
+    """After a signal: say what is kept."""
+    from stip_keyservice.protect.workspace import partial_of
+
+    folder = partial_of(out)
+    kept = f"; {folder} is kept: run the same command again to go on, or remove it" if folder.exists() else ""
+    error = Cancelled(f"stopped by {signal.Signals(stopped.number).name}{kept}")
+    _say(error, as_json)
+    sys.exit(EXIT_SIGNAL + stopped.number)
 
 
 def _report(result: Protected) -> dict[str, object]:
@@ -204,6 +255,9 @@ def _report(result: Protected) -> dict[str, object]:
         "directory": str(result.directory),
         "manifest_digest": result.manifest_digest.hex(),
         "certificate": result.certificate.model_dump(mode="json") | {"passed": result.certificate.passed},
+        "stages": {
+            stage: {"seconds": round(took.seconds, 3), "bytes": took.nbytes} for stage, took in result.stages.items()
+        },
     }
 
 
@@ -229,6 +283,9 @@ def _show(result: Protected) -> None:
     if native := certificate.native:
         error = f"{native.protected_rms:.1e}, the source's own {native.plain_rms:.1e}"
         rows.append((f"In {certificate.stored_dtype}", f"error {error}"))
+    for stage, took in result.stages.items():
+        went = f", {amount(stage, took.nbytes)}, {rate_of(stage, took.nbytes / took.seconds)}" if took.nbytes else ""
+        rows.append((STAGES[stage], f"{took.seconds:.1f} s{went}"))
     table = Table(
         title="Protected and certified",
         title_justify="left",
@@ -245,9 +302,13 @@ def _show(result: Protected) -> None:
 
 
 def _fail(error: StipError, as_json: bool) -> NoReturn:
+    _say(error, as_json)
+    codes = {ConfigurationError: EXIT_INPUT, IntegrityError: EXIT_NOT_EQUIVALENT}
+    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
+
+
+def _say(error: StipError, as_json: bool) -> None:
     """One line: what is wrong, the stable code, what to do."""
     if as_json:
         click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "action": error.action}}))
     click.echo(f"error: {error} — {error.action.replace('_', ' ')}", err=True)
-    codes = {ConfigurationError: EXIT_INPUT, IntegrityError: EXIT_NOT_EQUIVALENT}
-    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))

@@ -28,7 +28,7 @@ class InstanceFiles:
     instance: str
     epoch: int
     preset: str
-    output: Literal["hidden", "top"]
+    output: Literal["hidden", "top", "ids"]
     vocabulary: int
     part_key: bytes = field(repr=False)
     vocabulary_seed: bytes | None = field(repr=False)

@@ -1,0 +1,100 @@
+"""The server part and the enclave part, as files to write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from stip_keyservice.protect.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, Checkpoint
+from stip_keyservice.protect.journal import Journal
+from stip_keyservice.protect.plan import Output, Plan
+from stip_keyservice.protect.progress import Stages
+from stip_keyservice.protect.workspace import JOURNAL, Workspace
+from stip_keyservice.protect.writer import (
+    SHARD_BYTES,
+    Compute,
+    DigestedFile,
+    Stream,
+    TensorFile,
+    checkpoint_files,
+    write_atomically,
+    write_files,
+    write_index,
+)
+from stip_protocol.sealed import SealedStream
+from stip_protocol.secrets_file import InstanceSecrets, grant_of
+
+
+def write_parts(
+    workspace: Workspace,
+    source: Checkpoint,
+    planned: Plan,
+    identity: InstanceSecrets,
+    stages: Stages,
+    *,
+    workers: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> Journal:
+    """Write both parts, but for the files that an earlier run left whole. Gives the journal, which lists all.
+
+    Raises `ConfigurationError` where the disk has no room or the source is at fault.
+    """
+    parts = {"server": server_files(planned, source, shard_bytes), "enclave": enclave_files(planned, source, identity)}
+    journal = Journal(workspace.folder / JOURNAL, workspace.folder, identity.root)
+    if journal.listed:
+        layouts = {file.name: file.layout for files in parts.values() for file in files}
+        with stages.stage("check", sum(digest.size for digest in journal.listed.values())) as advance:
+            journal.keep_whole(layouts, advance)
+    workspace.clear(journal.listed)
+    missing = [file for files in parts.values() for file in files if file.name not in journal.listed]
+    workspace.require_space(sum(file.nbytes for file in missing))
+    compute: Compute = lambda output, rows: planned.compute(output, source, rows)  # noqa: E731
+    for part, files in parts.items():
+        total = sum(file.nbytes for file in files)
+        before = sum(file.nbytes for file in files if file.name in journal.listed)
+        with stages.stage(part, total, before) as advance:
+            write_files(workspace.folder, files, compute, workers=workers, journal=journal, advance=advance)
+    write_server_documents(workspace.folder / "server", planned, parts["server"])
+    return journal
+
+
+def server_files(planned: Plan, source: Checkpoint, shard_bytes: int = SHARD_BYTES) -> list[TensorFile]:
+    """The shards of the server part."""
+    return checkpoint_files("server", in_file_order(planned.server, planned, source), shard_bytes)
+
+
+def enclave_files(planned: Plan, source: Checkpoint, secrets: InstanceSecrets) -> list[TensorFile]:
+    """A sealed file for each tensor of the enclave part; none where the server holds everything."""
+    return [
+        TensorFile(f"enclave/{output.name}.sealed", (output,), partial(_sealed, secrets, f"{output.name}.sealed"))
+        for output in in_file_order(planned.enclave, planned, source)
+    ]
+
+
+def in_file_order(outputs: Sequence[Output], planned: Plan, source: Checkpoint) -> list[Output]:
+    """Outputs as the files of what they are made of lie, so that a disk is read once from front to back."""
+
+    def place(output: Output) -> tuple[int, int]:
+        return next(map(source.place, planned.sources(output)), (-1, 0))
+
+    return sorted(outputs, key=place)
+
+
+def write_server_documents(folder: Path, planned: Plan, files: Sequence[TensorFile]) -> None:
+    """What lies beside the shards: configurations, and the index once the shards are whole."""
+    for name, content in ((CONFIG, planned.config), (GENERATION_CONFIG, planned.generation_config)):
+        write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    write_index(folder / INDEX, files)
+
+
+def _sealed(secrets: InstanceSecrets, name: str, file: DigestedFile) -> Stream:
+    return SealedStream(
+        file,
+        key=grant_of(secrets).part_key,
+        instance=secrets.instance,
+        epoch=secrets.epoch,
+        preset=secrets.preset,
+        file=name,
+    )
