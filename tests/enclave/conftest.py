@@ -74,6 +74,7 @@ from stip_server.engines.transformers import TransformersEngine, card_for, load
 from stip_server.service import ModelService
 from stip_stack.pki import Authority
 from stip_stack.tee import SimulatedPlatform
+from tests.server import models
 
 torch.set_num_threads(1)
 MEASUREMENT = hashlib.sha256(b"the enclave under test").digest()
@@ -537,9 +538,10 @@ class Developer:
     _made: dict[tuple[str, str], Protected] = field(default_factory=dict)
 
     def protected(self, family: str, preset: str) -> Protected:
+        """`family`: one of `MODELS`, or of the server's tests."""
         if (family, preset) not in self._made:
             torch.manual_seed(3)
-            model = MODELS[family]().eval()
+            model = MODELS[family]().eval() if family in MODELS else models.tiny(family)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2)

@@ -8,6 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stip_protocol.errors import IntegrityError
+from tests.server.models import MODELS
+
+SERVED = {
+    (family, preset): ()
+    for family in sorted(MODELS)
+    for preset in ("hardened", "paper")
+    # Refused when protected: its positions are added behind the projection, on the server.
+    if family != "opt, norms after and a projection"
+}
+SERVED["gemma2", "hardened"] = (pytest.mark.xfail(raises=IntegrityError, reason="its certificate leaves out the cap"),)
+
 
 def prompt(length: int, seed: int, vocabulary: int = 151) -> list[int]:
     return np.random.default_rng(seed).integers(3, vocabulary, length).tolist()
@@ -37,6 +49,15 @@ async def test_greedy_and_sampled_answers_are_the_plain_models(
         plain["top_k"] = int(plain.get("top_k", 0))
         assert tokens == protected.generate(ids, 10, **plain)
         await client.close()
+
+
+@pytest.mark.parametrize(("family", "preset"), [pytest.param(*case, marks=marks) for case, marks in SERVED.items()])
+async def test_every_family_gives_the_plain_models_answer(world: Any, developer: Any, family: str, preset: str) -> None:
+    protected = developer.protected(family, preset)
+    await world.start(protected)
+    client = await world.opened(world.delegate(world.person("ada")))
+    ids = prompt(37, 1)
+    assert (await client.turn(ids, max_tokens=12))[0] == protected.generate(ids, 12)
 
 
 async def test_the_gateway_is_no_part_of_the_answer(world: Any, developer: Any) -> None:

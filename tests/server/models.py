@@ -74,7 +74,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "phi3, longrope": config("Phi3Config", original_max_position_embeddings=72, rope_parameters=LONGROPE, **GATED),
     "gpt_neox": config("GPTNeoXConfig", intermediate_size=80, rotary_pct=0.5, **SIZES),
     "gpt_neox, one after the other": config(
-        "GPTNeoXConfig", intermediate_size=80, use_parallel_residual=False, attention_bias=False, **SIZES
+        "GPTNeoXConfig",
+        intermediate_size=80,
+        rotary_pct=1.0,
+        use_parallel_residual=False,
+        attention_bias=False,
+        **SIZES,
     ),
     "opt": config("OPTConfig", ffn_dim=80, **SIZES),
     "opt, norms after and a projection": config(
