@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from stip_keyservice.protect.certificate import SAMPLES_LIMIT, Certificate, certify, passes
+from stip_keyservice.protect.certificate import SAMPLES_LIMIT, Certificate, Certification
 from stip_keyservice.protect.checkpoint import Checkpoint
 from stip_keyservice.protect.client_part import stop_ids_of, write_client_part
 from stip_keyservice.protect.journal import Journal
@@ -203,15 +203,9 @@ class _Documents:
             part_key=grant.part_key,
             vocabulary_seed=grant.vocabulary_seed,
         )
-        with self._stages.stage("certificate", samples * passes(planned.dtype, planned.preset)) as advance:
-            certificate = certify(
-                files,
-                self._source.directory,
-                stored_dtype=planned.dtype,
-                max_positions=planned.max_positions,
-                samples=samples,
-                advance=advance,
-            )
+        certification = Certification(files, self._source, planned, samples=samples)
+        with self._stages.stage("certificate", certification.steps) as advance:
+            certificate = certification.run(advance)
         if not certificate.passed:
             raise IntegrityError(
                 f"equivalence: got top-1 agreement {certificate.top1_with_ties:.4f} (ties counted) and a relative"

@@ -1,0 +1,132 @@
+"""The weights of a model of transformers, found by parameter name in a checkpoint that may store them otherwise.
+
+A checkpoint stores a stack of experts one by one where transformers 5 holds one parameter, ties a head to a
+table, and lacks a prefix where it is of the base class. `Weights` answers for parameters; what is stored, and
+where, stays behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from stip_protocol.errors import StipError
+
+Alter = Callable[[str, torch.Tensor], torch.Tensor]
+"""What is done to a block of rows after it is read: (a name of the block, its rows in the computing dtype)."""
+
+
+class RowSource(Protocol):
+    """Stored tensors by name, seen as rows: a tensor of three axes has its first two flattened."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+
+class Place(Protocol):
+    """Rows [start, stop) of the stored tensor `name`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+
+def as_stored(name: str, rows: torch.Tensor) -> torch.Tensor:
+    """No alteration."""
+    return rows
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters in `dtype`, read from `source` at every call; nothing is kept.
+
+    `stored` places every canonical tensor, `fused` gives the canonical tensors whose rows, one after another,
+    are those of a parameter that has another name or form, and `refusal` is what a missing or needless tensor
+    raises.
+    """
+
+    source: RowSource
+    stored: Mapping[str, Place]
+    fused: Mapping[str, tuple[str, ...]]
+    dtype: torch.dtype
+    refusal: type[StipError]
+    alter: Alter = as_stored
+    what: str = field(default="checkpoint")
+
+    def canonical(self, parameter: str) -> tuple[str, ...]:
+        """The canonical tensors that `parameter` consists of."""
+        return self.fused.get(parameter, (parameter,))
+
+    def check(self, parameters: Mapping[str, Sequence[int]]) -> None:
+        """Raise `refusal` unless `parameters` (name → shape) are all there, of that many rows, and nothing else is."""
+        used: set[str] = set()
+        for parameter, shape in parameters.items():
+            rows = 0
+            for name in self.canonical(parameter):
+                if name not in self.stored:
+                    raise self.refusal.because(f"{self.what}, tensor {name}", "none", f"one, for {parameter}")
+                rows += _length(self.stored[name])
+                used.add(name)
+            if rows != (expected := math.prod(shape[:-1]) if len(shape) > 1 else shape[0]):
+                raise self.refusal.because(f"{self.what}, rows of {parameter}", rows, expected)
+        if needless := sorted(self.stored.keys() - used):
+            raise self.refusal.because(f"{self.what}, tensor {needless[0]}", "one", "none: no parameter reads it")
+
+    def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the parameter, its axes but the last flattened."""
+        blocks = [
+            self.alter(f"{name}/{first}", self.source.rows(self.stored[name].name, first, last).to(self.dtype))
+            for name, first, last in self._pieces(parameter, start, stop)
+        ]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def whole(self, parameter: str, shape: Sequence[int]) -> torch.Tensor:
+        """The parameter in its shape."""
+        rows = shape[0] if len(shape) == 1 else math.prod(shape[:-1])
+        return self.rows(parameter, 0, rows).reshape(tuple(shape))
+
+    def chosen(self, parameter: str, index: torch.Tensor) -> torch.Tensor:
+        """The rows at `index`, which ascends: runs of neighbours are read at once."""
+        breaks = (torch.diff(index) != 1).nonzero().flatten() + 1
+        runs = torch.tensor_split(index, breaks)
+        return torch.cat([self.rows(parameter, int(run[0]), int(run[-1]) + 1) for run in runs])
+
+    def _pieces(self, parameter: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """(canonical tensor, first and last stored row) of the parameter's rows [start, stop)."""
+        offset = 0
+        for name in self.canonical(parameter):
+            place = self.stored[name]
+            first, last = max(start, offset), min(stop, offset + _length(place))
+            if first < last:
+                yield name, place.start + first - offset, place.start + last - offset
+            offset += _length(place)
+
+
+def moved_within_rounding(dtype: torch.dtype, seed: int, rounded: Callable[[str], bool]) -> Alter:
+    """Moves every weight of the tensors that are `rounded` anew at random by up to half the distance of its neighbours
+    in `dtype`, to what it might have been before it was rounded; zeros stay. Norm weights stay too.
+
+    What a block gets depends on `seed`, its name and place, so that it is the same however a file is read.
+    """
+
+    def move(name: str, rows: torch.Tensor) -> torch.Tensor:
+        tensor = name.rpartition("/")[0]
+        if not rounded(tensor) or (rows.ndim == 1 and not tensor.endswith("bias")):
+            return rows
+        drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big", signed=True)
+        uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(drawn)) - 0.5
+        step = torch.ldexp(torch.full_like(rows, torch.finfo(dtype).eps / 2), torch.frexp(rows).exponent)
+        return rows + torch.where(rows == 0, 0.0, step * uniform)
+
+    return move
+
+
+def _length(place: Place) -> int:
+    return place.stop - place.start
