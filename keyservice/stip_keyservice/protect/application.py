@@ -25,14 +25,12 @@ class Moves:
 
     def signed(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows`, which have been moved, with their signs."""
-        if self.negative is None:
-            return rows
-        return torch.where(torch.tensor(self.negative)[:, None], -rows, rows)
+        return rows if self.negative is None else rows * _signs(self.negative, rows.dtype)[:, None]
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """The columns of `rows` moved, with their signs: rows·Kᵀ, bit for bit."""
-        moved = rows.index_select(1, torch.tensor(self.index))
-        return moved if self.negative is None else torch.where(torch.tensor(self.negative), -moved, moved)
+        moved = gathered(rows, self.index, axis=1)
+        return moved if self.negative is None else moved * _signs(self.negative, rows.dtype)
 
 
 def moves(key: Key, start: int, stop: int) -> Moves | None:
@@ -71,9 +69,31 @@ def mixed_columns(key: Key, rows: torch.Tensor) -> torch.Tensor:
     """rows·Kᵀ in float64: the key on the columns of float64 `rows`."""
     if key.identity:
         return rows
+    out = rows.new_zeros((rows.shape[0], key.size))
+    for term in key.terms(0, key.size):
+        taken = rows[:, term.source] if isinstance(term.source, slice) else gathered(rows, term.source, axis=1)
+        if term.weight is None:
+            out[:, term.out] += taken
+        elif term.weight.ndim == 2:
+            out[:, term.out].addmm_(taken, torch.tensor(term.weight).T)
+        else:
+            out[:, term.out] += taken * torch.tensor(term.weight)
+    return out
 
-    def columns_of(index: slice | Index) -> torch.Tensor:
-        taken = rows[:, index] if isinstance(index, slice) else rows.index_select(1, torch.tensor(index))
-        return taken.T
 
-    return mixed(key, columns_of, 0, key.size).T
+def gathered(matrix: torch.Tensor, index: Index, *, axis: int) -> torch.Tensor:
+    """The rows (axis 0) or columns (axis 1) of a matrix at the places `index`, all of them within it.
+
+    NumPy's `take` without its bounds check moves bfloat16 columns three times as fast as torch's `index_select`.
+    """
+    taken: NDArray[np.generic] = np.take(matrix.view(_BITS[matrix.itemsize]).numpy(), index, axis, mode="clip")
+    return torch.from_numpy(taken).view(matrix.dtype)
+
+
+def _signs(negative: NDArray[np.bool_], dtype: torch.dtype) -> torch.Tensor:
+    """-1 and 1, by which a product is exact."""
+    return torch.from_numpy(np.where(negative, -1.0, 1.0)).to(dtype)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as wide as an element: NumPy has no bfloat16, and moving bits asks for no more."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from stip_keyservice.protect.application import Index, Rows, mixed, mixed_columns, moves
+from stip_keyservice.protect.application import Index, Rows, gathered, mixed, mixed_columns, moves
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.keys import Key
 
@@ -82,7 +82,9 @@ class Constant:
         return ()
 
     def rows(self, source: TensorSource, start: int, stop: int) -> torch.Tensor:
-        return torch.full((stop - start, *self.shape[1:]), self.value, dtype=torch.float64)
+        return torch.full(
+            (stop - start, *self.shape[1:]), self.value, dtype=torch.bfloat16
+        )  # 0 and 1, exact in any dtype
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,10 +191,10 @@ class MatrixPart:
         places = rows if self.transposed else self._places(rows)
         low, high = int(places.min()), int(places.max()) + 1
         if high - low > _NEAR * len(places):
-            return stored.whole(source)[torch.tensor(places)]
+            return gathered(stored.whole(source), places, axis=0)
         near = source.rows(stored.name, stored.start + low, stored.start + high)
         in_order = high - low == len(places) and bool((np.diff(places) == 1).all())
-        return near if in_order else near[torch.tensor(places - low)]
+        return near if in_order else gathered(near, places - low, axis=0)
 
     def _places(self, rows: Index) -> Index:
         """Rows of the plain tensor that rows of the part are."""
