@@ -69,5 +69,5 @@ def grant_of(secrets: InstanceSecrets) -> Grant:
         preset=secrets.preset,
         manifest_digest=secrets.manifest_digest,
         part_key=derive(secrets.root, PART_LABEL),
-        vocabulary_seed=derive(secrets.root, VOCABULARY_LABEL) if secrets.preset == "paper" else None,
+        vocabulary_seed=None if secrets.preset == "hardened" else derive(secrets.root, VOCABULARY_LABEL),
     )

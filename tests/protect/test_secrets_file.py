@@ -69,8 +69,9 @@ def test_a_grant_holds_the_part_key_and_never_the_root() -> None:
     assert Grant.from_bytes(grant.to_bytes()) == grant
 
 
-def test_a_paper_grant_expands_to_the_vocabulary_permutation() -> None:
-    seed = grant_of(secrets_of("paper")).vocabulary_seed
+@pytest.mark.parametrize("preset", ["paper", "throughput"])
+def test_the_grant_of_a_head_on_the_server_expands_to_the_vocabulary_permutation(preset: str) -> None:
+    seed = grant_of(secrets_of(preset)).vocabulary_seed
     assert seed is not None
     assert sorted(vocabulary_key(seed, 50).index) == list(range(50))
 
