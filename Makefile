@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test test-long lint bench proto clean
+.PHONY: help setup demo test test-long lint bench bench-accuracy proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -47,6 +47,9 @@ lint: $(VENV)/.ready ## ruff, mypy strict, import contracts, generated code up t
 
 bench: $(VENV)/.ready ## time per token and time to first token against plain, as ratios; writes docs/benchmarks/
 	$(BIN)/python -m benchmarks.latency
+
+bench-accuracy: $(VENV)/.ready ## top-1 agreement and differences over 10,000 samples a family; writes docs/benchmarks/
+	$(BIN)/python -m benchmarks.accuracy
 
 proto: $(VENV)/.ready ## generate protocol/stip_protocol/wire from its .proto files
 	$(BIN)/python protocol/generate.py

@@ -82,12 +82,12 @@ def page(results: Results) -> str:
     parts = [
         "# Latency: protected over plain\n\nWritten by `make bench`; do not edit. The same in numbers: "
         f"[{DATA}]({DATA}).\n",
-        _markdown(("", ""), facts),
+        markdown(("", ""), facts),
         METHOD,
     ]
     for title, what in (("Time per token", "token"), ("Time to first token", "first")):
         rows = [_row(model, each, getattr(each, what)) for model in results.models for each in model.comparisons]
-        parts.append(f"## {title}\n\nMilliseconds.\n\n" + _markdown(TOKEN_HEAD, rows))
+        parts.append(f"## {title}\n\nMilliseconds.\n\n" + markdown(TOKEN_HEAD, rows))
     parts.append(_head_section(results))
     parts.append(_answers(results))
     parts.extend(_stages(model) for model in results.models)
@@ -127,7 +127,7 @@ def _head_section(results: Results) -> str:
         if m.head is not None and m.base is not None
     ]
     header = ("model", "streams", "time to", "protected", "of it the head", "plain base", "without head", "met")
-    return "## `hardened` without its head\n\nMilliseconds.\n\n" + _markdown(header, rows) if rows else ""
+    return "## `hardened` without its head\n\nMilliseconds.\n\n" + markdown(header, rows) if rows else ""
 
 
 def _with_head(model: ModelResult) -> list[Comparison]:
@@ -149,7 +149,7 @@ def _answers(results: Results) -> str:
         "leave many near ties, which rounding decides in bfloat16: there one early difference makes the rest another "
         "text, and each instance's certificate says whether its error is that of plain bfloat16.\n\n"
     )
-    return text + _markdown(("model", "dtype", "preset", "streams", "rounds", "same tokens"), rows)
+    return text + markdown(("model", "dtype", "preset", "streams", "rounds", "same tokens"), rows)
 
 
 def _stages(model: ModelResult) -> str:
@@ -165,7 +165,7 @@ def _stages(model: ModelResult) -> str:
     )
     return (
         text
-        + _markdown(("part", "stage", "count", "mean", "p50", "p95", "what"), rows)
+        + markdown(("part", "stage", "count", "mean", "p50", "p95", "what"), rows)
         + f"\nGateway hop (p50 of {hop.trips} round trips of one row, less the replica's compute and queue, in turns "
         f"straight to the server and through the gateway): {hop.straight * 1e3:.2f} and {hop.through * 1e3:.2f} ms, so "
         f"**{hop.added * 1e3:.2f} ms** for the gateway, both directions together (target ≤ {HOP_TARGET * 1e3:.1f}: "
@@ -198,7 +198,8 @@ def _ratio(value: Ratio) -> str:
     return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
-def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table, of cells that hold no `|`."""
     names = list(header)
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(cells) + " |" for cells in rows]
