@@ -34,6 +34,9 @@ class Lazy:
 
 COMMANDS = {
     "protect": Lazy("stip_keyservice.protect.commands", "protect", "Protect a model: make an instance directory."),
+    "verify-equivalence": Lazy(
+        "stip_keyservice.protect.verify", "verify_equivalence", "Compare an instance with the model it was made from."
+    ),
     "serve": Lazy(f"{_COMMANDS}.serve", "serve", "Release keys to attested enclaves."),
     "users": Lazy(f"{_COMMANDS}.users", "group", "Who may use the instances, and how much."),
     "instances": Lazy(f"{_COMMANDS}.instances", "group", "The protected models this service holds the keys of."),
