@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from benchmarks import accuracy_results as report
 from benchmarks import machine
-from benchmarks.accuracy_models import CONFIGURATIONS, VOCABULARY, Checkpoint, Model, checkpoint, left_out
+from benchmarks.accuracy_models import CONFIGURATIONS, VOCABULARY, Checkpoint, Model, ProtectedCheckpoint, checkpoint
 from benchmarks.accuracy_results import FamilyResult, Narrow, Results, Row, compare, narrow
 from stip_keyservice.protect.presets import PRESETS
 from stip_protocol.errors import PresetRefused
@@ -82,24 +82,23 @@ class _Family:
         )
 
     def _presets(self, wide: Checkpoint, reference: torch.Tensor) -> list[Row]:
-        rows = []
-        for preset in self._job.presets:
-            found = self._protected(wide, preset)
-            if found is not None:
-                rows.append(Row(preset, compare(reference, found)))
-        return rows
+        return [
+            Row(preset, compare(reference, predictions(protected.model(torch.float32), self._ids)))
+            for preset, protected in self._protected(wide)
+        ]
 
     def _controls(self, wide: Checkpoint, reference: torch.Tensor) -> list[Row]:
-        some = min(AGAIN_SAMPLES, self._job.samples)
+        some, seed = min(AGAIN_SAMPLES, self._job.samples), self._job.seed
         again = predictions(wide.plain(torch.float32), self._ids[:some], batch=AGAIN_BATCH)
         exact = predictions(wide.plain(torch.float64), self._ids)
-        plan, intact = wide.protect(CONTROLLED, self._job.seed, self._new("intact"))
-        width = compare(reference, predictions(intact, self._ids)).tie_width
-        _, mutant = wide.protect(CONTROLLED, self._job.seed, self._new("mutant"), mutate=left_out(plan))
+        intact = wide.protect(CONTROLLED, seed, self._new("intact"))
+        mutant = wide.protect(CONTROLLED, seed, self._new("mutant"), mutate=intact.left_out)
+        width = compare(reference, predictions(intact.model(torch.float32), self._ids)).tie_width
+        wrong = predictions(mutant.model(torch.float32), self._ids)
         return [
             Row(f"plain, batches of {AGAIN_BATCH}", compare(reference[:some], again)),
             Row("plain, float64", compare(reference, exact)),
-            Row("one key left out", compare(reference, predictions(mutant, self._ids), tie_width=width)),
+            Row("one key left out", compare(reference, wrong, tie_width=width)),
         ]
 
     def _narrow(self) -> list[Narrow]:
@@ -107,20 +106,23 @@ class _Family:
         reference = predictions(stored.plain(torch.float32), self._ids)
         plain = predictions(stored.plain(torch.bfloat16), self._ids)
         rows = []
-        for preset in self._job.presets:
-            found = self._protected(stored, preset)
-            if found is not None:
-                rows.append(narrow(preset, reference, plain, found))
+        for preset, protected in self._protected(stored):
+            found, weights = (
+                predictions(protected.model(dtype), self._ids) for dtype in (torch.bfloat16, torch.float32)
+            )
+            rows.append(narrow(preset, reference, plain, found, weights))
         return rows
 
-    def _protected(self, stored: Checkpoint, preset: str) -> torch.Tensor | None:
-        """Predictions under `preset`; None, and a note, where it is refused."""
-        try:
-            _, model = stored.protect(preset, self._job.seed, self._new(f"{stored.directory.name}, {preset}"))
-        except PresetRefused as refusal:
-            self._refused[preset] = str(refusal)
-            return None
-        return predictions(model, self._ids)
+    def _protected(self, stored: Checkpoint) -> Iterator[tuple[str, ProtectedCheckpoint]]:
+        """Each preset with its copy; a note in place of those that are refused."""
+        for preset in self._job.presets:
+            folder = self._new(f"{stored.directory.name}, {preset}")
+            try:
+                protected = stored.protect(preset, self._job.seed, folder)
+            except PresetRefused as refusal:
+                self._refused[preset] = str(refusal)
+                continue
+            yield preset, protected
 
     def _new(self, name: str) -> Path:
         folder = self._folder / name

@@ -157,8 +157,8 @@ class Checkpoint:
             model.set_experts_implementation("eager")  # no other knows float64
         return PlainModel(model)
 
-    def protect(self, preset: str, seed: int, into: Path, *, mutate: Incidence | None = None) -> tuple[Plan, Model]:
-        """A protected copy, its server part in the empty folder `into`, computing in the stored dtype.
+    def protect(self, preset: str, seed: int, into: Path, *, mutate: Incidence | None = None) -> ProtectedCheckpoint:
+        """A protected copy, its server part in the empty folder `into`.
 
         Raises `PresetRefused` where `preset` is not lossless or not safe for this model, whatever is accepted.
         """
@@ -175,7 +175,33 @@ class Checkpoint:
         save_file(server, into / WEIGHTS, metadata={"format": "pt"})
         (into / "config.json").write_text(json.dumps(plan.config))
         (into / "generation_config.json").write_text(json.dumps(plan.generation_config))
-        return plan, _protected(plan, into, enclave, self.dtype)
+        return ProtectedCheckpoint(plan, into, enclave)
+
+
+@dataclass(frozen=True)
+class ProtectedCheckpoint:
+    """A server part on disk and an enclave part in memory."""
+
+    plan: Plan
+    directory: Path
+    enclave: Mapping[str, torch.Tensor]
+
+    def model(self, dtype: torch.dtype) -> Model:
+        """Both parts together, computing in `dtype`."""
+        plan, enclave = self.plan, {name: tensor.to(dtype) for name, tensor in self.enclave.items()}
+        kind = AutoModel if plan.output == "hidden" else AutoModelForCausalLM
+        model = _load(kind, plan.family, self.directory, dtype)
+        if plan.output == "hidden":
+            return HeadInEnclave(model, enclave, plan.logit_cap)
+        key = plan.keys["vocabulary"]
+        assert isinstance(key, Permutation)
+        order = torch.tensor(key.inverse.index)
+        return HeadOnServer(model, enclave, order) if plan.output == "top" else AllOnServer(model, order)
+
+    @property
+    def left_out(self) -> Incidence:
+        """Where the control leaves a key out."""
+        return next(each for each in self.plan.incidences if (each.part, each.side) == LEFT_OUT)
 
 
 def checkpoint(family: str, seed: int, dtype: torch.dtype, into: Path) -> Checkpoint:
@@ -204,22 +230,6 @@ def checkpoint(family: str, seed: int, dtype: torch.dtype, into: Path) -> Checkp
 def _is_conv1d(model: Any, name: str) -> bool:
     """Whether a parameter is stored [in, out], as GPT-2's matrices are."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
-
-
-def left_out(plan: Plan) -> Incidence:
-    """Where the control leaves a key out."""
-    return next(each for each in plan.incidences if (each.part, each.side) == LEFT_OUT)
-
-
-def _protected(plan: Plan, directory: Path, enclave: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Model:
-    kind = AutoModel if plan.output == "hidden" else AutoModelForCausalLM
-    model = _load(kind, plan.family, directory, dtype)
-    if plan.output == "hidden":
-        return HeadInEnclave(model, enclave, plan.logit_cap)
-    key = plan.keys["vocabulary"]
-    assert isinstance(key, Permutation)
-    order = torch.tensor(key.inverse.index)
-    return HeadOnServer(model, enclave, order) if plan.output == "top" else AllOnServer(model, order)
 
 
 def _rows(enclave: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:

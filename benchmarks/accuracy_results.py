@@ -65,6 +65,8 @@ class Narrow:
     preset: str
     plain: Difference
     protected: Difference
+    weights: Difference
+    """Of protected with its stored weights, computed in float32: what rounding them anew does, without the rest."""
     only_plain: int
     """Samples where plain picks as the reference does and protected does not."""
     only_protected: int
@@ -158,8 +160,10 @@ NARROW = """\
 
 Weights stored in bfloat16. The reference is plain, the same weights, computed in float32; both arms compute in
 bfloat16. *only plain*: samples where plain picks as the reference does and protected does not. *error*: root mean
-square of the logits' differences over their standard deviation. `paper` moves stored values and rounds none; dense keys
-round every weight to bfloat16 anew, which the reference, having plain's rounded weights, does not see.
+square of the logits' differences over their standard deviation. *weights alone*: the error of the protected weights as
+stored, computed in float32. `paper` moves stored values and rounds none. Dense keys round every weight to bfloat16
+anew, which costs plain nothing, because the reference has the weights that plain has: where the two errors are
+independent, the ratio is √(1 + (weights alone / plain)²).
 """
 
 
@@ -197,14 +201,17 @@ def compare(reference: torch.Tensor, found: torch.Tensor, *, tie_width: float | 
     )
 
 
-def narrow(preset: str, reference: torch.Tensor, plain: torch.Tensor, protected: torch.Tensor) -> Narrow:
-    """Both bfloat16 models against the float32 reference, sample by sample."""
+def narrow(
+    preset: str, reference: torch.Tensor, plain: torch.Tensor, protected: torch.Tensor, weights: torch.Tensor
+) -> Narrow:
+    """Both bfloat16 models against the float32 reference, sample by sample; `weights` as in `Narrow`."""
     expected = reference.argmax(1)
     right, kept = plain.argmax(1) == expected, protected.argmax(1) == expected
     return Narrow(
         preset,
         compare(reference, plain),
         compare(reference, protected),
+        compare(reference, weights),
         only_plain=int((right & ~kept).sum()),
         only_protected=int((kept & ~right).sum()),
     )
@@ -304,7 +311,18 @@ def _tables(results: Results) -> Iterable[tuple[str, tuple[str, ...], list[tuple
     )
     yield (
         _NARROW,
-        ("family", "preset", "plain top-1", "protected", "only plain", "only protected", "error, plain", "ratio"),
+        (
+            "family",
+            "preset",
+            "plain top-1",
+            "protected",
+            "only plain",
+            "only protected",
+            "error, plain",
+            "protected",
+            "weights alone",
+            "ratio",
+        ),
         [
             (
                 each.family,
@@ -313,7 +331,7 @@ def _tables(results: Results) -> Iterable[tuple[str, tuple[str, ...], list[tuple
                 _share(row.protected.same, row.protected.samples),
                 str(row.only_plain),
                 str(row.only_protected),
-                f"{row.plain.rms / row.plain.scale:.4f}",
+                *(f"{arm.rms / arm.scale:.4f}" for arm in (row.plain, row.protected, row.weights)),
                 f"{row.ratio:.3f}",
             )
             for each in results.families

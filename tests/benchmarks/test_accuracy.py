@@ -41,6 +41,8 @@ def test_a_small_run_agrees_everywhere_and_its_control_does_not(tmp_path: Path) 
         assert mutant["same_or_tied"] < 36
         assert mutant["rms"] > 0.1 * mutant["scale"]
         assert [row["preset"] for row in family["narrow"]] == [row["what"] for row in family["presets"]]
+        # The preset paper rounds no weight, hardened every one.
+        assert family["narrow"][0]["weights"]["rms"] < 1e-4 < family["narrow"][1]["weights"]["rms"]
     page = (tmp_path / "accuracy.md").read_text()
     assert page.startswith("# Accuracy: protected against plain")
     assert "0.021/0.033/0.0478/0.051" in page
@@ -86,6 +88,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 def test_bfloat16_arms_are_counted_sample_by_sample() -> None:
     reference = torch.eye(3)
     plain, protected = reference[[0, 1, 0]], reference[[1, 1, 2]]
-    row = narrow("hardened", reference, plain, protected)
+    row = narrow("hardened", reference, plain, protected, reference)
     assert (row.plain.same, row.protected.same, row.only_plain, row.only_protected) == (2, 2, 1, 1)
     assert row.ratio == pytest.approx(1.0)
+    assert row.weights.rms == 0.0
