@@ -29,6 +29,15 @@ LLAMA2_7B: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 """The published shape of meta-llama/Llama-2-7b-hf: 6.74e9 parameters, 13.5 GB in bfloat16."""
+TINY = LLAMA2_7B | {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 12000,
+}
+"""The same form for smoke runs; its tables are larger than one of its shards."""
 BLOCK_BYTES = 64 << 20
 SMALL, ONE = 0x3C80, 0x3F80
 """bfloat16 bits of 2^-6 and of 1: with random sign and mantissa, weights of ±[1, 2)/64 and norms of [1, 2)."""
@@ -66,6 +75,11 @@ def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
         yield f"{prefix}post_attention_layernorm.weight", (width,)
     yield "model.norm.weight", (width,)
     yield "lm_head.weight", (vocabulary, width)
+
+
+def nbytes(config: dict[str, Any]) -> int:
+    """Bytes of the tensors of a Llama checkpoint."""
+    return sum(_bytes(shape) for _, shape in tensors(config))
 
 
 def write(folder: Path, config: dict[str, Any], *, shard_bytes: int, seed: int) -> Written:
