@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from stip_keyservice.protect.architecture import After
+from stip_keyservice.protect.families import expand
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.state_dict import StateSource
 from stip_protocol.keys import VOCABULARY_LABEL, Permutation, derive, vocabulary_key
-
-if TYPE_CHECKING:
-    from .conftest import Models, Plain, Protected
+from tests.protect_core.fixed import FIXED
+from tests.protect_core.models import Models, Plain, Protected, in_memory, unkeyed
 
 ROOT = bytes(range(32))
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -32,11 +34,16 @@ def write(protected: Protected, folder: Path) -> Path:
     return folder
 
 
-def source_name(plain: Plain, server_name: str) -> str:
-    """The plain tensor that a tensor of the server part is computed from."""
-    prefix = {"llama": "model.", "gpt2": "transformer."}[plain.config["model_type"]]
-    names = (server_name, prefix + server_name, f"{prefix}{'embed_tokens' if prefix == 'model.' else 'wte'}.weight")
-    return next(name for name in names if name in plain.state)
+def keyed(plain: Plain, protected: Protected) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, tensor, the plain tensor it is computed from) for all of the server part that is no constant."""
+    for output in protected.plan.server:
+        if sources := protected.plan.sources(output):
+            yield output.name, protected.server[output.name], plain.state[sources[0]]
+
+
+def table(plain: Plain, number: int = 0) -> torch.Tensor:
+    """The plain embedding, or a later table."""
+    return plain.state[expand(plain.config).tables[number].tensor]
 
 
 def test_the_server_part_loads_in_the_unmodified_class(plain: Plain, preset: str, tmp_path: Path) -> None:
@@ -45,23 +52,27 @@ def test_the_server_part_loads_in_the_unmodified_class(plain: Plain, preset: str
     loaded = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        kind = AutoModelForCausalLM if preset == "paper" else AutoModel
-        model, report = kind.from_pretrained(folder, output_loading_info=True)
+        kind = AutoModel if preset == "hardened" else AutoModelForCausalLM
+        model, report = kind.from_pretrained(folder, output_loading_info=True, experts_implementation="eager")
         assert not any(report[finding] for finding in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert model.dtype == torch.float64
         assert type(model).__name__ == protected.plan.config["architectures"][0]
         loaded.append(model.state_dict())
     assert loaded[0].keys() == loaded[1].keys()
     assert all(torch.equal(tensor, loaded[1][name]) for name, tensor in loaded[0].items())
+    expected = in_memory(model, protected.plan.architecture, protected.server)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded[0].items())
 
 
 def test_nothing_in_the_server_part_equals_its_source(plain: Plain, preset: str) -> None:
-    for name, tensor in plain.protect(preset).server.items():
-        if tensor.unique().numel() == 1:
+    """Nor what the source has under its name. Gemma 3's γ of heads is the exception that `unkeyed` explains."""
+    for name, tensor, source in keyed(plain, plain.protect(preset)):
+        if name in unkeyed(plain, preset):
             continue
-        source = plain.state[source_name(plain, name)]
         assert tensor.shape == source.shape
         assert not torch.equal(tensor, source), name
+        namesake = plain.state.get(name)
+        assert namesake is None or not torch.equal(tensor, namesake), name
 
 
 def test_hardened_shows_no_mean_of_what_layer_norms_read(models: Models, fixed: dict[str, dict[str, Any]]) -> None:
@@ -74,44 +85,55 @@ def test_hardened_shows_no_mean_of_what_layer_norms_read(models: Models, fixed: 
     read = [server["h.0.attn.c_attn.weight"].T, server["h.1.mlp.c_fc.weight"].T, enclave["head"]]
     for tensor in (*written, *read):
         assert tensor.mean(-1).abs().max() < 1e-13
-    assert plain.state["transformer.wte.weight"].mean(-1).abs().max() > 0.1
+    assert table(plain).mean(-1).abs().max() > 0.1
 
 
 def test_no_row_of_the_plain_embedding_is_in_either_part(plain: Plain, preset: str) -> None:
     protected = plain.protect(preset)
-    table = plain.state[source_name(plain, "embedding")]
+    scale = protected.plan.architecture.tables[0].scale
     for name, tensor in (protected.server | protected.enclave).items():
-        if tensor.ndim == 2 and tensor.shape[1] == table.shape[1]:
-            assert torch.cdist(tensor, table).min() > 1e-6, name
+        if tensor.ndim == 2 and tensor.shape[1] == table(plain).shape[1]:
+            assert torch.cdist(tensor, table(plain)).min() > 1e-6, name
+            assert torch.cdist(tensor, scale * table(plain)).min() > 1e-6, name
 
 
-def test_embeddings_and_positions_of_the_server_part_are_zeros(plain: Plain, preset: str) -> None:
+def test_tables_of_the_server_part_are_zeros_unless_it_decodes_alone(plain: Plain, preset: str) -> None:
     protected = plain.protect(preset)
-    tables = {
-        name: tensor
-        for name, tensor in protected.server.items()
-        if any(t in name for t in ("embed_tokens", "wte", "wpe"))
-    }
-    assert tables
-    assert not any(tensor.any() for tensor in tables.values())
-    vocabulary = plain.config["vocab_size"] if preset == "paper" else 1
-    assert {tensor.shape[0] for name, tensor in tables.items() if "wpe" not in name} == {vocabulary}
+    plan, architecture = protected.plan, protected.plan.architecture
+    prefix = architecture.prefix if preset == "hardened" else ""
+    tables = {tensor.name: protected.server[tensor.tensor.removeprefix(prefix)] for tensor in architecture.tables}
+    assert tables.keys() >= {"embedding"}
+    assert all(bool(tensor.any()) == (preset == "throughput") for tensor in tables.values())
+    assert tables["embedding"].shape[0] == (1 if preset == "hardened" else plan.vocabulary)
+    assert plan.config["vocab_size"] == tables["embedding"].shape[0]
 
 
-def test_norms_are_folded_by_hardened_only(plain: Plain, preset: str) -> None:
-    norms = {name: t for name, t in plain.protect(preset).server.items() if "norm" in name or "ln_" in name}
-    assert norms
-    for name, tensor in norms.items():
-        constant = torch.equal(tensor, torch.zeros_like(tensor) if name.endswith("bias") else torch.ones_like(tensor))
-        assert constant == (preset == "hardened")
+def test_norms_are_folded_unless_they_scale_or_the_preset_is_paper(plain: Plain, preset: str) -> None:
+    """What is left of a folded one: γ = 1 as it is stored, and β = 0, or 1 where no bias could take up the β."""
+    protected = plain.protect(preset)
+    architecture = protected.plan.architecture
+    prefix = architecture.prefix if preset == "hardened" else ""
+    for norm in architecture.norms:
+        weight = protected.server[norm.weight.removeprefix(prefix)]
+        folded = preset != "paper" and not norm.scales
+        assert bool((weight == norm.unit).all()) == folded, norm
+        if norm.bias:
+            bias = protected.server[norm.bias.removeprefix(prefix)]
+            assert bool((bias == bias[0]).all()) == folded
+            assert not folded or float(bias[0]) in (0.0, 1.0)
 
 
 def test_the_enclave_part_holds_what_the_preset_says(plain: Plain, preset: str) -> None:
     protected = plain.protect(preset)
-    learned = {"positions"} if plain.config["model_type"] == "gpt2" else set()
-    head = {"head"} | ({"head_bias"} if learned else set())
-    assert protected.enclave.keys() == {"embedding"} | learned | (head if preset == "hardened" else set())
-    assert protected.plan.output == ("hidden" if preset == "hardened" else "top")
+    tables = {table.name for table in protected.plan.architecture.tables}
+    learned = plain.config["model_type"] in ("gpt2", "opt")
+    shifted = protected.plan.architecture.linear("head").norm is not None
+    layer_norm = learned or plain.config["model_type"] == "gpt_neox"
+    head = {"head"} | ({"head_bias"} if shifted and layer_norm else set())
+    assert tables == {"embedding"} | ({"positions"} if learned else set())
+    expected = {"paper": tables, "hardened": tables | head, "throughput": set()}
+    assert protected.enclave.keys() == expected[preset]
+    assert protected.plan.output == {"paper": "top", "hardened": "hidden", "throughput": "ids"}[preset]
 
 
 def test_the_configuration_names_nothing(models: Models, plain: Plain, preset: str) -> None:
@@ -146,24 +168,26 @@ def test_the_vocabulary_key_expands_from_its_seed_alone(plain: Plain) -> None:
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_paper_moves_values_and_flips_signs_of_rotary_pairs_only(
-    plain: Plain, models: Models, dtype: torch.dtype
-) -> None:
-    """Bit for bit, each tensor holds the values of its source; queries and keys under RoPE up to their sign."""
-    plain = models.make(plain.config, dtype=dtype)
+@pytest.mark.parametrize("name", FIXED)
+def test_paper_moves_values_and_flips_signs_of_rotary_pairs_only(models: Models, name: str, dtype: torch.dtype) -> None:
+    """Bit for bit, each tensor holds the values of its source; queries and keys under rotary positions, and the γ
+    of query and key heads, up to their sign. The enclave's rows are moved too, after Gemma's factor."""
+    plain = models.fixed(name, dtype)
     protected = plain.protect("paper")
-    moved = {name: tensor for name, tensor in protected.server.items() if tensor.unique().numel() > 1}
+    architecture = protected.plan.architecture
+    signed = {linear.weight.tensor for linear in architecture.linears if linear.after is After.ROTARY}
+    signed |= {linear.bias.tensor for linear in architecture.linears if linear.after is After.ROTARY and linear.bias}
+    signed |= {norm.weight for norm in architecture.norms if norm.gain}
+    moved = list(keyed(plain, protected))
     assert moved
-    for name, tensor in moved.items():
-        source = plain.state[source_name(plain, name)]
-        if "q_proj" in name or "k_proj" in name:
-            tensor, source = tensor.abs(), source.abs()
-        bits = [t.contiguous().view(BITS[dtype]).flatten().sort().values for t in (tensor, source)]
-        assert torch.equal(*bits), name
-    for name, source in (("embedding", "embedding"), ("positions", "wpe.weight")):
-        if name in protected.enclave:
-            expected = plain.state[source_name(plain, source)]
-            assert torch.equal(protected.enclave[name].sort(1).values, expected.sort(1).values)
+    for output, tensor, source in moved:
+        pair = (tensor.abs(), source.abs()) if output in signed else (tensor, source)
+        bits = [t.contiguous().view(BITS[dtype]).flatten().sort().values for t in pair]
+        assert torch.equal(*bits), output
+    for number, described in enumerate(architecture.tables):
+        scale = torch.tensor(described.scale, dtype=torch.float32).to(dtype)
+        expected = table(plain, number)[described.start :] * scale
+        assert torch.equal(protected.enclave[described.name].sort(1).values, expected.sort(1).values)
 
 
 def test_row_blocks_of_any_size_give_the_same_tensors(plain: Plain, preset: str) -> None:
@@ -205,6 +229,8 @@ def test_plans_show_no_keys(plain: Plain, preset: str) -> None:
 GOLDEN = {
     "llama": "70cb1fe005bc19b3e9ef29a6044200f12c46933a361401bec6fafa5eaec26fc8",
     "gpt2": "84ef76a57de91b030ac3c1106600549bf149872774aad66a27bb87fe4ee177fc",
+    "mixtral": "f62fe96febafc1a824f2e415b38a429450c7ed8e13bc0e6d529897b183f81915",
+    "gpt_neox": "8ccf375e0de7fd03495af18ff427fbb75d29fe602f5c19eb6638d6dbd4f0d996",
 }
 
 
@@ -215,6 +241,10 @@ def test_a_root_secret_and_a_checkpoint_determine_the_paper_parts_bit_for_bit(mo
         "llama": {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "attention_bias": True},
         "gpt2": {"vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 5},
+        "mixtral": {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 5},
+        "gpt_neox": {"vocab_size": 11, "hidden_size": 24, "intermediate_size": 6, "num_hidden_layers": 1}
+        | {"num_attention_heads": 3, "rotary_pct": 0.5},
     }
     plain = models.make({"model_type": family, **configurations[family]}, dtype=torch.float32)
     for start, name in enumerate(sorted(plain.state)):

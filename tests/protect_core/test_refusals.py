@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from stip_keyservice.protect.families import expand
 from stip_keyservice.protect.matching import TensorHeader
 from stip_keyservice.protect.plan import plan
-from stip_keyservice.protect.state_dict import StateSource, headers_of, protect_state
+from stip_keyservice.protect.state_dict import headers_of, protect_state
 from stip_protocol.errors import (
     ArchitectureUnsupported,
     CheckpointInvalid,
     ConfigurationError,
     PresetRefused,
     StipError,
+    Unrepresentable,
 )
-
-if TYPE_CHECKING:
-    from .conftest import Plain
-
-ROOT = bytes(range(32))
+from tests.protect_core.fixed import FIXED
+from tests.protect_core.models import ACCEPTED, ROOT, Models, Plain
 
 
 def refuse(plain: Plain, error: type[StipError], match: str, *, preset: str = "hardened", **changes: Any) -> None:
@@ -29,7 +29,7 @@ def refuse(plain: Plain, error: type[StipError], match: str, *, preset: str = "h
     headers = headers_of(plain.state) | changes.pop("headers", {})
     headers = {name: header for name, header in headers.items() if header is not None}
     with pytest.raises(error, match=match):
-        plan(plain.config | changes, headers, preset, ROOT)
+        plan(plain.config | changes, headers, preset, ROOT, **ACCEPTED)
 
 
 def first(plain: Plain, ending: str) -> str:
@@ -69,7 +69,7 @@ def test_a_dtype_that_cannot_be_keyed_is_refused(plain: Plain, dtype: str) -> No
 
 
 def test_a_checkpoint_of_several_dtypes_is_refused(plain: Plain) -> None:
-    name = first(plain, "norm.weight") if plain.config["model_type"] == "llama" else first(plain, "ln_f.weight")
+    name = next(name for name, tensor in plain.state.items() if tensor.ndim == 1)
     header = TensorHeader(name, "F32", tuple(plain.state[name].shape))
     refuse(plain, CheckpointInvalid, "dtype", headers={name: header})
 
@@ -92,6 +92,22 @@ def test_an_empty_checkpoint_is_refused(plain: Plain) -> None:
         ("llama", {"rope_parameters": {"rope_type": "learned", "rope_theta": 1.0}}, "rope_type"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "mixes": 1}}, "mixes"),
         ("llama", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("qwen3", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("gemma3 untied", {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary"),
+        ("gemma3 untied", {"rope_parameters": {"global": {"rope_theta": 1.0}}}, "global"),
+        ("gemma3 untied", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+        ("phi3", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "3 rotary dimensions"),
+        ("gpt_neox", {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.4}}, "3 rotary dimensions"),
+        ("gpt_neox", {"num_attention_heads": 5}, "num_attention_heads must divide"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+        ("opt", {"num_attention_heads": 5}, "num_attention_heads must divide"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        ("qwen2_moe", {"num_experts": -1}, "num_experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size"),
         ("gpt2", {"n_embd": 25}, "n_head must divide n_embd"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("gpt2", {"activation_function": "softmax"}, "activation_function"),
@@ -100,14 +116,77 @@ def test_an_empty_checkpoint_is_refused(plain: Plain) -> None:
     ],
 )
 def test_configurations_without_a_lossless_form_are_refused(
-    models: Any, fixed: dict[str, dict[str, Any]], family: str, changes: dict[str, Any], match: str
+    models: Models, family: str, changes: dict[str, Any], match: str
 ) -> None:
-    refuse(models.make(fixed[family]), CheckpointInvalid, match, **changes)
+    refuse(models.fixed(family), CheckpointInvalid, match, **changes)
+
+
+def test_an_opt_that_projects_its_embedding_is_refused(models: Models) -> None:
+    refuse(models.fixed("opt"), ArchitectureUnsupported, "word_embed_proj_dim: got 12", word_embed_proj_dim=12)
+
+
+def test_layers_that_differ_by_configuration_are_refused(plain: Plain) -> None:
+    """transformers can replace any field layer by layer, and leave parts of a layer out."""
+    refuse(plain, ArchitectureUnsupported, "per_layer_config", per_layer_config={"0": {"skip": ["mlp"]}})
+
+
+@pytest.mark.parametrize("preset", ["hardened", "throughput"])
+def test_a_shift_that_nothing_can_take_up_is_refused(preset: str) -> None:
+    """Without biases W·β goes to the all-ones direction, which a reader without a norm still sees. `paper` does
+    not fold."""
+    config = FIXED["gpt_neox one after another, without biases"]
+    architecture = expand(config)
+    linears = tuple(
+        replace(linear, norm=None) if linear.name == "layers.0.q" else linear for linear in architecture.linears
+    )
+    headers = {name: TensorHeader(name, "F32", shape) for name, shape in architecture.tensors.items()}
+    bare = replace(architecture, linears=linears)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stip_keyservice.protect.plan.expand", lambda _: bare)
+        with pytest.raises(Unrepresentable, match=r"bias of layers\.0\.k: got none, .*or the preset paper"):
+            plan(config, headers, preset, ROOT, **ACCEPTED)
+        assert plan(config, headers, "paper", ROOT).preset == "paper"
+
+
+def test_an_opt_without_biases_and_last_norm_is_unrepresentable(models: Models) -> None:
+    plain = models.make(FIXED["opt"] | {"enable_bias": False, "_remove_final_layer_norm": True})
+    refuse(plain, Unrepresentable, r"bias of layers\.0\.q")
+    assert plain.protect("paper").plan.preset == "paper"
+
+
+def test_throughput_is_refused_unless_its_token_cipher_is_accepted(models: Models) -> None:
+    plain = models.fixed("mistral")
+    headers = headers_of(plain.state)
+    with pytest.raises(PresetRefused, match=r"substitution cipher.*hardened, or accept_token_cipher"):
+        plan(plain.config, headers, "throughput", ROOT)
+    assert plan(plain.config, headers, "throughput", ROOT, accept_token_cipher=True).output == "ids"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "opt", "opt without the last norm, untied"])
+def test_throughput_is_refused_where_positions_are_learned(models: Models, name: str) -> None:
+    refuse(models.fixed(name), PresetRefused, "learned positions.*hardened and paper", preset="throughput")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral", "qwen3_moe"])
+def test_throughput_is_refused_where_a_dense_key_meets_a_tied_head(models: Models, name: str) -> None:
+    """Whatever is accepted."""
+    plain = models.make(FIXED[name] | {"tie_word_embeddings": True})
+    refuse(plain, PresetRefused, "tied head gives a dense key away.*the preset hardened", preset="throughput")
+
+
+@pytest.mark.parametrize("preset", ["paper", "throughput"])
+def test_a_tied_head_on_the_server_must_be_accepted(models: Models, preset: str) -> None:
+    """Gemma 2's key of the residual is no dense one, so that `throughput` leaves the choice."""
+    plain = models.fixed("gemma2")
+    with pytest.raises(PresetRefused, match=r"tied head.*hardened, or accept_tied_head"):
+        plan(plain.config, headers_of(plain.state), preset, ROOT, accept_token_cipher=True)
+    assert plan(plain.config, headers_of(plain.state), preset, ROOT, **ACCEPTED).preset == preset
 
 
 def test_paper_refuses_a_tied_head_unless_told(plain: Plain) -> None:
     if plain.config["tie_word_embeddings"]:
-        refuse(plain, PresetRefused, "accept_tied_head", preset="paper")
+        with pytest.raises(PresetRefused, match="accept_tied_head"):
+            plan(plain.config, headers_of(plain.state), "paper", ROOT)
         assert plan(plain.config, headers_of(plain.state), "paper", ROOT, accept_tied_head=True).output == "top"
     else:
         assert plan(plain.config, headers_of(plain.state), "paper", ROOT).output == "top"
@@ -134,23 +213,24 @@ def test_keys_for_spaces_that_are_not_there_are_refused(plain: Plain) -> None:
 def test_a_tied_head_that_was_stored_must_agree_with_its_table(plain: Plain, preset: str) -> None:
     if not plain.config["tie_word_embeddings"]:
         return
-    table = next(t for name, t in plain.state.items() if "embed_tokens" in name or "wte" in name)
-    stored = plain.state | {"lm_head.weight": table.clone()}
+    ((head, table),) = expand(plain.config).tied.items()
+    stored = plain.state | {head: plain.state[table].clone()}
     expected = plain.protect(preset)
-    _, server, enclave = protect_state(plain.config, stored, preset, ROOT, accept_tied_head=True)
+    _, server, enclave = protect_state(plain.config, stored, preset, ROOT, **ACCEPTED)
     assert all(torch.equal(tensor, (server | enclave)[n]) for n, tensor in (expected.server | expected.enclave).items())
-    stored["lm_head.weight"][3, 1] += 1
-    with pytest.raises(CheckpointInvalid, match=r"lm_head\.weight.*tied"):
-        protect_state(plain.config, stored, preset, ROOT, accept_tied_head=True)
+    stored[head][3, 1] += 1
+    with pytest.raises(CheckpointInvalid, match=rf"{head}.*tied"):
+        protect_state(plain.config, stored, preset, ROOT, **ACCEPTED)
 
 
 def test_values_that_are_not_finite_are_refused(plain: Plain, preset: str) -> None:
     for value in (float("nan"), float("inf")):
-        name = first(plain, "mlp.c_proj.weight" if plain.config["model_type"] == "gpt2" else "mlp.down_proj.weight")
+        linears = expand(plain.config).linears
+        name = next(linear.weight.tensor for linear in linears if linear.name.endswith(".down"))
         poisoned = {n: t.clone() for n, t in plain.state.items()}
         poisoned[name][0, 0] = value
         with pytest.raises(CheckpointInvalid, match="not finite"):
-            protect_state(plain.config, poisoned, preset, ROOT, accept_tied_head=True)
+            protect_state(plain.config, poisoned, preset, ROOT, **ACCEPTED)
 
 
 def test_values_that_no_longer_fit_their_dtype_are_refused(plain: Plain) -> None:
@@ -158,25 +238,3 @@ def test_values_that_no_longer_fit_their_dtype_are_refused(plain: Plain) -> None
     state = {name: torch.full_like(tensor, 60_000).half() for name, tensor in plain.state.items()}
     with pytest.raises(CheckpointInvalid, match="fit F16"):
         protect_state(plain.config, state, "hardened", ROOT)
-
-
-def test_checkpoints_of_the_base_class_lack_the_prefix(plain: Plain, preset: str) -> None:
-    prefix = {"llama": "model.", "gpt2": "transformer."}[plain.config["model_type"]]
-    bare = {name.removeprefix(prefix): tensor for name, tensor in plain.state.items()}
-    expected = plain.protect(preset)
-    _, server, enclave = protect_state(plain.config, bare, preset, ROOT, accept_tied_head=True)
-    assert all(torch.equal(tensor, server[name]) for name, tensor in expected.server.items())
-    assert all(torch.equal(tensor, enclave[name]) for name, tensor in expected.enclave.items())
-
-
-def test_legacy_buffers_are_dropped(plain: Plain, preset: str) -> None:
-    if plain.config["model_type"] == "gpt2":
-        buffers = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4).bool()}
-        buffers["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    else:
-        buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    planned = plan(plain.config, headers_of(plain.state | buffers), preset, ROOT, accept_tied_head=True)
-    assert planned.server == plain.protect(preset).plan.server
-    source = StateSource(plain.state)
-    for output in planned.server:
-        planned.compute(output, source, slice(0, 1))

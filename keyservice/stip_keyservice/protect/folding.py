@@ -127,8 +127,10 @@ class MatrixPart:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        folded = (self.fold.weight.name,) if self.fold else ()
-        return (self.tensor.name, *folded, *((self.alias.name,) if self.alias else ()))
+        fold = self.fold
+        folded = (fold.weight.name,) if fold else ()
+        absorbed = (fold.bias.name,) if fold and fold.absorbs and fold.bias else ()
+        return (self.tensor.name, *folded, *absorbed, *((self.alias.name,) if self.alias else ()))
 
     @property
     def size(self) -> int:

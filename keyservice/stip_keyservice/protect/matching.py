@@ -26,7 +26,8 @@ def match(architecture: Architecture, headers: Mapping[str, TensorHeader]) -> tu
 
     A tensor lies under its own name or within one that `architecture.fused` describes, with the prefix of the
     causal class or, in a checkpoint of the base class, without. Tied tensors may be absent. Raises
-    `CheckpointInvalid` for a tensor that is missing or unknown, or has another shape or dtype.
+    `CheckpointInvalid` for a tensor that is missing, unknown or stored twice, or has another shape
+    or dtype.
     """
     bare = architecture.tables[0].tensor.removeprefix(architecture.prefix) in headers
 
@@ -42,7 +43,10 @@ def match(architecture: Architecture, headers: Mapping[str, TensorHeader]) -> tu
     found: dict[str, Stored] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in architecture.tensors.items():
-        if stored_name(name) in headers or name not in stacked:
+        if stored_name(name) in headers and name in stacked:
+            allowed = f"either this or {stacked[name][0]}, which holds it too"
+            raise CheckpointInvalid.because(stored_name(name), "stored twice", allowed)
+        if name not in stacked:
             place = Stored(stored_name(name), 0, shape[0])
             shapes[place.name] = shape
         else:

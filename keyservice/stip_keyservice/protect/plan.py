@@ -294,16 +294,16 @@ class _Builder:
             transposed=slab.transposed,
             writes=self._key(slab.tensor, linear.name, linear.writes, "writes"),
             reads=reads,
-            fold=self._fold(linear, reads),
+            fold=self._fold(linear),
             alias=self._stored.get(slab.tensor) if slab.tensor in tied else None,
         )
 
-    def _fold(self, linear: Linear, reads: Key) -> Fold | None:
+    def _fold(self, linear: Linear) -> Fold | None:
         if linear.norm is None or not self._preset.folds:
             return None
         norm = self._norms[linear.norm]
         absorbs = linear.bias is None and linear.norm in self._absorbing
-        if absorbs and (linear.weight.transposed or not isinstance(reads, Centred)):
+        if absorbs and (linear.weight.transposed or not isinstance(key_at(self._keys, linear.reads), Centred)):
             # A matrix that leaves out the all-ones direction has room for W·β there; no other has.
             raise Unrepresentable.because(
                 f"bias of {linear.name}",

@@ -39,4 +39,8 @@ def expand(config: Mapping[str, Any]) -> Architecture:
         raise ArchitectureUnsupported.because(
             "config.quantization_config", "a quantised checkpoint", "unquantised weights: protect first, quantise after"
         )
+    if config.get("per_layer_config"):
+        raise ArchitectureUnsupported.because(
+            "config.per_layer_config", "layers of different configurations", "one configuration for all layers"
+        )
     return FAMILIES[family](config)
