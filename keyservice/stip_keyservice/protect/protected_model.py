@@ -157,7 +157,9 @@ class ProtectedModel:
             reached = start + len(rows)
             if reached > expected[0] or rows.shape[1:] != expected[1:]:
                 raise IntegrityError.because(f"enclave part, shape of {name}", "another", list(expected))
-            yield start, self._alter(f"{name}/{start}", rows.to(self._dtype))
+            rows = rows.to(self._dtype)
+            self._alter(f"{name}/{start}", rows)
+            yield start, rows
         if reached != expected[0]:
             raise IntegrityError.because(f"enclave part, rows of {name}", reached, expected[0])
 

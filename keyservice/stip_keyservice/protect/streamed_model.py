@@ -57,6 +57,7 @@ class StreamedModel:
         self._stored = stored
         self._unit = unit
         self._observe: Observe = _unseen
+        self._buffers: dict[str, torch.Tensor] = {}
         self._model = _meta_model(directory, class_name, weights.dtype)
         own_prefix = "" if any(name.startswith(prefix) for name, _ in self._model.named_parameters()) else prefix
         parameters = self._model.named_parameters(remove_duplicate=False)
@@ -78,8 +79,11 @@ class StreamedModel:
     def __call__(self, observe: Observe = lambda name, states: None, **inputs: torch.Tensor) -> torch.Tensor:
         """One pass: logits of a causal class, [samples, length, vocabulary], or the last hidden states of another."""
         self._observe = observe
-        with torch.inference_mode():
-            result = self._model(**inputs, use_cache=False)
+        try:
+            with torch.inference_mode():
+                result = self._model(**inputs, use_cache=False)
+        finally:
+            self._buffers.clear()
         found: torch.Tensor = result.logits if "logits" in result else result.last_hidden_state
         return found
 
@@ -106,7 +110,19 @@ class StreamedModel:
     def _load(self, name: str, module: nn.Module, inputs: Any) -> None:
         for path, owner in module.named_modules(prefix=name):
             for own, parameter in list(owner.named_parameters(recurse=False)):
-                setattr(owner, own, _parameter(self._weights.whole(f"{path}.{own}", parameter.shape)))
+                buffer = self._buffer(f"{path.removeprefix(name)}.{own}", parameter.shape)
+                self._weights.fill(f"{path}.{own}", buffer)
+                setattr(owner, own, _parameter(buffer))
+
+    def _buffer(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Memory for a parameter, by its name in its module: that of the same parameter in the layer before.
+
+        Given back and asked for anew, an allocator keeps some of it with every layer: up to the whole model.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[name] = torch.empty(shape, dtype=self._weights.dtype)
+        return buffer
 
     def _look_up(self, parameter: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         """Give a table the rows that are asked for, and the ids their places among them."""
@@ -115,7 +131,7 @@ class StreamedModel:
         return (places,)
 
     def _in_blocks(self, module: nn.Linear, name: str, states: torch.Tensor) -> torch.Tensor:
-        bias = None if module.bias is None else self._weights.whole(f"{name}.bias", module.bias.shape)
+        bias = None if module.bias is None else self._weights.rows(f"{name}.bias", 0, module.out_features)
         step = max(1, BLOCK_BYTES // (module.in_features * states.itemsize))
         out = states.new_empty((*states.shape[:-1], module.out_features))
         for start in range(0, module.out_features, step):

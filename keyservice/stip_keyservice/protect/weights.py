@@ -17,12 +17,18 @@ import torch
 
 from stip_protocol.errors import StipError
 
-Alter = Callable[[str, torch.Tensor], torch.Tensor]
-"""What is done to a block of rows after it is read: (a name of the block, its rows in the computing dtype)."""
+Alter = Callable[[str, torch.Tensor], None]
+"""What is done, in place, to a block of rows after it is read: (a name of the block, its rows as they are computed
+with)."""
+READ_VALUES = 1 << 18
+"""Values that are read at once into memory that is there: more, given back, would be kept by an allocator."""
+ALTERED_VALUES = 1 << 22
+"""Values that are altered at once."""
 
 
 class RowSource(Protocol):
-    """Stored tensors by name, seen as rows: a tensor of three axes has its first two flattened."""
+    """Stored tensors by name, seen as rows: a tensor of three axes has its first two flattened. What is given is the
+    caller's."""
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
 
@@ -38,9 +44,8 @@ class Place(Protocol):
     def stop(self) -> int: ...
 
 
-def as_stored(name: str, rows: torch.Tensor) -> torch.Tensor:
+def as_stored(name: str, rows: torch.Tensor) -> None:
     """No alteration."""
-    return rows
 
 
 @dataclass(frozen=True)
@@ -79,18 +84,27 @@ class Weights:
         if needless := sorted(self.stored.keys() - used):
             raise self.refusal.because(f"{self.what}, tensor {needless[0]}", "one", "none: no parameter reads it")
 
+    def fill(self, parameter: str, out: torch.Tensor) -> None:
+        """The whole parameter, into `out` of its shape."""
+        rows = out if out.ndim == 1 else out.view(-1, out.shape[-1])
+        reached = 0
+        for name, first, last in self._pieces(parameter, 0, len(rows)):
+            block = rows[reached : reached + last - first]
+            step = max(1, READ_VALUES * len(rows) // max(1, rows.numel()))
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                block[start - first : stop - first] = self.source.rows(self.stored[name].name, start, stop)
+            self.alter(f"{name}/{first}", block)
+            reached += last - first
+
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the parameter, its axes but the last flattened."""
-        blocks = [
-            self.alter(f"{name}/{first}", self.source.rows(self.stored[name].name, first, last).to(self.dtype))
-            for name, first, last in self._pieces(parameter, start, stop)
-        ]
+        blocks = []
+        for name, first, last in self._pieces(parameter, start, stop):
+            block = self.source.rows(self.stored[name].name, first, last).to(self.dtype)
+            self.alter(f"{name}/{first}", block)
+            blocks.append(block)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-    def whole(self, parameter: str, shape: Sequence[int]) -> torch.Tensor:
-        """The parameter in its shape."""
-        rows = shape[0] if len(shape) == 1 else math.prod(shape[:-1])
-        return self.rows(parameter, 0, rows).reshape(tuple(shape))
 
     def chosen(self, parameter: str, index: torch.Tensor) -> torch.Tensor:
         """The rows at `index`, which ascends: runs of neighbours are read at once."""
@@ -116,14 +130,16 @@ def moved_within_rounding(dtype: torch.dtype, seed: int, rounded: Callable[[str]
     What a block gets depends on `seed`, its name and place, so that it is the same however a file is read.
     """
 
-    def move(name: str, rows: torch.Tensor) -> torch.Tensor:
+    def move(name: str, rows: torch.Tensor) -> None:
         tensor = name.rpartition("/")[0]
         if not rounded(tensor) or (rows.ndim == 1 and not tensor.endswith("bias")):
-            return rows
+            return
         drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big", signed=True)
-        uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(drawn)) - 0.5
-        step = torch.ldexp(torch.full_like(rows, torch.finfo(dtype).eps / 2), torch.frexp(rows).exponent)
-        return rows + torch.where(rows == 0, 0.0, step * uniform)
+        generator = torch.Generator().manual_seed(drawn)
+        for values in rows.split(max(1, ALTERED_VALUES * len(rows) // rows.numel())):  # type: ignore[no-untyped-call]
+            step = torch.ldexp(torch.full_like(values, torch.finfo(dtype).eps / 2), torch.frexp(values).exponent)
+            step *= torch.rand(values.shape, generator=generator) - 0.5
+            values += torch.where(values == 0, 0.0, step)
 
     return move
 
