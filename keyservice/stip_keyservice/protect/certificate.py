@@ -23,6 +23,9 @@ For float16 and bfloat16 checkpoints, whose weights a dense key rounds anew, the
 either model is from the float32 reference when it computes in its own dtype. Their ratio is reported, not
 bounded: over a few hundred positions of a small model it is noisy.
 
+Routers of experts pick the largest few: where two are nearly equal, rounding sends a position elsewhere, and its
+difference is large. In narrow dtypes the measured bound of such a model is therefore wide, up to its ceiling.
+
 Memory: one layer of one model at a time in the computing dtype, and for every position of a batch its hidden
 states after every layer and twice its logits: batches are cut so that this stays below `BATCH_BYTES`. Each
 layer is read once a pass and batch.
