@@ -16,8 +16,8 @@ import click
 
 from benchmarks.sampling import Sampler
 from stip_keyservice.protect.checkpoint import Checkpoint
+from stip_keyservice.protect.memory import default_workers
 from stip_keyservice.protect.parts import write_parts
-from stip_keyservice.protect.pipeline import default_workers
 from stip_keyservice.protect.plan import plan
 from stip_keyservice.protect.progress import Stages, silent
 from stip_keyservice.protect.workspace import claimed
@@ -51,7 +51,7 @@ def peak_memory() -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def protect(model: Path, out: Path, preset: Preset, workers: int) -> Run:
+def protect(model: Path, out: Path, preset: Preset, workers: int | None) -> Run:
     """Protect `model` into `out`.partial, and remove that."""
     imported, sampler, stages = peak_memory(), Sampler(), Stages(silent)
     identity = InstanceSecrets(
@@ -66,6 +66,7 @@ def protect(model: Path, out: Path, preset: Preset, workers: int) -> Run:
     source = Checkpoint.open(model)
     with stages.stage("keys", 1):
         planned = plan(source.config, source.headers, preset, identity.root)
+    workers = workers or default_workers(source.headers, source.largest_shard, planned.residual_width)
     with claimed(out) as workspace:
         write_parts(workspace, source, planned, identity, stages, workers=workers)
         seconds, processor = time.monotonic() - began, time.process_time() - processor
@@ -88,10 +89,10 @@ def protect(model: Path, out: Path, preset: Preset, workers: int) -> Run:
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("preset", type=click.Choice(["paper", "hardened"]))
-@click.option("--workers", type=click.IntRange(1, 64), help="[default: the cores available, at most 8]")
+@click.option("--workers", type=click.IntRange(1, 64), help="[default: as protect takes]")
 def main(model: Path, out: Path, preset: Preset, workers: int | None) -> None:
     """Protect MODEL under PRESET next to OUT, remove what was written, and print what it took."""
-    click.echo(json.dumps(dataclasses.asdict(protect(model, out, preset, workers or default_workers()))))
+    click.echo(json.dumps(dataclasses.asdict(protect(model, out, preset, workers))))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from rich.table import Table
 from benchmarks.machine import Machine
 from benchmarks.protect_run import Run
 from benchmarks.report import BUSY, markdown
+from stip_keyservice.protect import memory
 
 PAGE, DATA = "protection.md", "protection.json"
 TARGETS = {"paper": 1.5}
 """Largest wall time over the copy's that is aimed at; `hardened` is bounded by its products."""
-MEMORY_SHARDS, MEMORY_MARGIN = 2, 1 << 30
-"""Peak resident memory is at most so many times the largest shard, and so many bytes."""
 HEAD = ("preset", "seconds", "MB/s", "copy before, after", "ratio", "aim", "met", "peak memory", "bound", "within")
 
 METHOD = """\
@@ -66,7 +65,7 @@ class Protection:
     @classmethod
     def of(cls, run: Run, before: Copy, after: Copy, largest_shard: int) -> Self:
         ratio = 2 * run.seconds / (before.seconds + after.seconds)
-        bound = MEMORY_SHARDS * largest_shard + MEMORY_MARGIN
+        bound = memory.bound(largest_shard)
         target = TARGETS.get(run.preset)
         met = None if target is None else ratio <= target
         return cls(run, before.seconds, after.seconds, ratio, bound, run.peak <= bound, met)

@@ -98,7 +98,8 @@ Exit codes:
 @click.option(
     "--workers",
     type=click.IntRange(1, 64),
-    help="Threads that compute; each holds some 150 MB.  [default: the cores available, at most 8]",
+    help="Threads that compute; each holds some 200 MB or more.  [default: the cores available, as far as twice the"
+    " largest shard and 1 GB go]",
 )
 @click.option(
     "--samples",

@@ -20,7 +20,7 @@ from stip_keyservice.protect.checkpoint import Checkpoint
 from stip_keyservice.protect.client_part import stop_ids_of, write_client_part
 from stip_keyservice.protect.journal import Journal
 from stip_keyservice.protect.parts import write_parts
-from stip_keyservice.protect.pipeline import WORKERS_LIMIT, default_workers
+from stip_keyservice.protect.pipeline import WORKERS_LIMIT
 from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.presets import preset as preset_named
 from stip_keyservice.protect.progress import Progress, Stages, StageTime, silent
@@ -65,7 +65,7 @@ def protect(
 
     The manifest is signed by `developer`; the root secret leaves this process only sealed: to `seal_to`, and while
     the instance is unfinished to `restart_key`, the home's own (None: a key that nobody has, so that nobody can go
-    on). `workers` threads compute, by default one for each core, within bounds.
+    on). `workers` threads compute, by default one for each core, as far as the promised memory goes.
 
     Raises `ConfigurationError` (bad input) and `IntegrityError` where the protected instance does not compute what
     its source computes; then nothing is left behind. Whatever else ends the call, an interruption or a full disk,
@@ -73,9 +73,8 @@ def protect(
     """
     if not 1 <= samples <= SAMPLES_LIMIT:
         raise ConfigurationError.because("samples", samples, f"1 to {SAMPLES_LIMIT}")
-    threads = default_workers() if workers is None else workers
-    if not 1 <= threads <= WORKERS_LIMIT:
-        raise ConfigurationError.because("workers", threads, f"1 to {WORKERS_LIMIT}")
+    if workers is not None and not 1 <= workers <= WORKERS_LIMIT:
+        raise ConfigurationError.because("workers", workers, f"1 to {WORKERS_LIMIT}")
     preset_named(preset)
     source = Checkpoint.open(model)
     inputs = Inputs(
@@ -93,7 +92,7 @@ def protect(
         try:
             planned = _planned(source, inputs, identity, stages)
             journal = write_parts(
-                workspace, source, planned, identity, stages, workers=threads, shard_bytes=shard_bytes
+                workspace, source, planned, identity, stages, workers=workers, shard_bytes=shard_bytes
             )
             result = _Documents(workspace.folder, source, planned, identity, stages).write(
                 journal, developer, seal_to, samples, out

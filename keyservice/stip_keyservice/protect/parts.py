@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stip_keyservice.protect.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, Checkpoint
 from stip_keyservice.protect.journal import Journal
+from stip_keyservice.protect.memory import default_workers
 from stip_keyservice.protect.plan import Output, Plan
 from stip_keyservice.protect.progress import Stages
 from stip_keyservice.protect.workspace import JOURNAL, Workspace
@@ -34,10 +35,12 @@ def write_parts(
     identity: InstanceSecrets,
     stages: Stages,
     *,
-    workers: int,
+    workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Journal:
     """Write both parts, but for the files that an earlier run left whole. Gives the journal, which lists all.
+
+    `workers` None: as many as cores and memory allow.
 
     Raises `ConfigurationError` where the disk has no room or the source is at fault.
     """
@@ -50,6 +53,8 @@ def write_parts(
     workspace.clear(journal.listed)
     missing = [file for files in parts.values() for file in files if file.name not in journal.listed]
     workspace.require_space(sum(file.nbytes for file in missing))
+    if workers is None:
+        workers = default_workers(source.headers, source.largest_shard, planned.residual_width)
     compute: Compute = lambda output, rows: planned.compute(output, source, rows)  # noqa: E731
     for part, files in parts.items():
         total = sum(file.nbytes for file in files)

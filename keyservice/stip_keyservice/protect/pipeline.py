@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,19 +12,11 @@ import torch
 
 WORKERS_LIMIT = 64
 """Threads of the widest pipeline."""
-DEFAULT_WORKERS_LIMIT = 8
-"""Threads that are taken unasked: more hold more blocks in memory than the promised peak has room for."""
 AHEAD = 2
 """Results, beyond one a worker, that wait for the thread that takes them."""
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def default_workers() -> int:
-    """The cores this process may use, within `DEFAULT_WORKERS_LIMIT`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, DEFAULT_WORKERS_LIMIT)
 
 
 def ordered(compute: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[R, None, None]:
