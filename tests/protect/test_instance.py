@@ -43,6 +43,7 @@ CASES = [
     (Case("llama", tied=False, dtype=torch.bfloat16), "hardened"),
     (Case("llama", tied=False, dtype=torch.bfloat16), "paper"),
     (Case("gpt2", tied=True, dtype=torch.bfloat16), "hardened"),
+    (LLAMA, "throughput"),
 ]
 PROCESS = [sys.executable, "-c", "from stip_keyservice.protect.commands import protect; protect()"]
 DEVELOPER, SEALING = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
@@ -86,7 +87,8 @@ def instance(
 ) -> Instance:
     case, preset = request.param
     out = tmp_path_factory.mktemp("instance") / "out"
-    result = protected(checkpoint_of(case), out, preset, accept_tied_head=True, epoch=5, shard_bytes=40_000)
+    options = {"accept_tied_head": True, "accept_token_cipher": True, "epoch": 5, "shard_bytes": 40_000}
+    result = protected(checkpoint_of(case), out, preset, **options)
     return out, result, case
 
 
@@ -143,6 +145,13 @@ def test_files_match_their_signed_manifests(instance: Instance) -> None:
     }
 
 
+def test_the_enclave_part_is_empty_where_the_server_decodes_alone(instance: Instance) -> None:
+    _, result, _ = instance
+    assert (
+        (result.manifest.enclave == {}) is (result.manifest.output == "ids") is (result.manifest.preset == "throughput")
+    )
+
+
 def test_the_client_part_holds_the_tokenizer_and_sampling_defaults(
     instance: Instance, checkpoint_of: Checkpoints
 ) -> None:
@@ -170,7 +179,7 @@ def test_secrets_open_the_enclave_part_for_the_key_service_only(instance: Instan
 
 def test_the_server_part_loads_whole_and_alike_under_any_seed(instance: Instance) -> None:
     out, result, case = instance
-    kind = AutoModelForCausalLM if result.manifest.output == "top" else AutoModel
+    kind = AutoModel if result.manifest.output == "hidden" else AutoModelForCausalLM
     answers = []
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stip_keyservice.protect.progress import LINE_SECONDS, Lines, Stages, duration
+from stip_keyservice.protect.progress import LINE_SECONDS, Lines, Stages, amount, duration
 
 
 class Clock:
@@ -55,6 +55,10 @@ def test_stages_are_timed_and_count_only_their_own_bytes() -> None:
     assert told == [("server", 40, 100), ("server", 100, 100), ("certificate", 0, 3), ("certificate", 3, 3)]
     assert (stages.times["server"].seconds, stages.times["server"].nbytes) == (2.5, 60)
     assert stages.times["certificate"].nbytes == 0
+
+
+def test_amounts_below_a_gigabyte_are_in_megabytes() -> None:
+    assert [amount("server", count) for count in (0, 1_234_567, 10**9)] == ["0.0 MB", "1.2 MB", "1.00 GB"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03")])

@@ -85,7 +85,9 @@ class Lines:
 
 def amount(stage: str, count: float) -> str:
     """A number of a stage's units."""
-    return f"{count / 1e9:.2f} GB" if stage in BYTES else f"{count:.0f}"
+    if stage not in BYTES:
+        return f"{count:.0f}"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def rate_of(stage: str, rate: float) -> str:
