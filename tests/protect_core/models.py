@@ -26,6 +26,7 @@ from tests.protect_core.families import presets
 from tests.protect_core.fixed import FIXED
 
 ROOT = bytes(range(32))
+Config = dict[str, Any]
 ACCEPTED = {"accept_tied_head": True, "accept_token_cipher": True}
 
 

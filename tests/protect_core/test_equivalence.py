@@ -29,7 +29,7 @@ def assert_same_logits(plain: Plain, protected: Protected, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@settings(ANY_SHAPE, max_examples=25)
+@settings(ANY_SHAPE, max_examples=20)
 @given(data=st.data(), root=ROOTS, seed=st.integers(0, 1 << 30))
 def test_float64_logits_are_identical(models: Models, family: str, data: st.DataObject, root: bytes, seed: int) -> None:
     """Whether the configuration states all fields, or leaves some to the defaults of the class."""
