@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,25 +384,6 @@ def test_a_model_that_cannot_be_certified_is_not_published(checkpoint_of: Checkp
     assert "equivalence: got top-1 agreement" in done.stderr
     assert "[integrity_violated] — stop" in done.stderr
     assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_command_says_what_it_keeps_and_goes_on_from_there(
-    checkpoint_of: Checkpoints, tmp_path: Path, number: signal.Signals
-) -> None:
-    partial = tmp_path / "out.partial"
-    arguments = [checkpoint_of(LLAMA), "--out", tmp_path / "out", "--home", tmp_path / "home", "--samples", "64"]
-    process = subprocess.Popen([*PROCESS, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (partial / "journal").exists():
-        time.sleep(0.002)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; {partial} is kept: run the same command again to go on, or remove it" in said
-    assert "Traceback" not in said
-    done = command(*arguments)
-    assert done.exit_code == 0, done.output
-    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_the_other_commands_of_the_key_service_do_not_pay_for_torch() -> None:
