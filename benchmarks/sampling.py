@@ -72,6 +72,6 @@ def _activity(frame: FrameType | None) -> str | None:
     if frame is None:
         return None
     path = frame.f_code.co_filename
-    name, line = Path(path).name, linecache.getline(path, frame.f_lineno)
+    name, line = Path(path).name, linecache.getline(path, frame.f_lineno or 0)
     found = (what for file, pattern, what in ACTIVITIES if file == name and re.search(pattern, line))
     return next(found, "other")

@@ -7,6 +7,7 @@ do without them.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from stip_keyservice.protect.instance import Protected
 
 EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Read by torch when it first allocates: large arrays in large pages, where the system offers them (`madvise` in
+/sys/kernel/mm/transparent_hugepage/enabled). Row blocks come and go, and small pages cost a fault for every 4 KiB."""
 EXIT_SIGNAL = 128
 """Plus the number of the signal that stopped the command, as shells report it."""
 
@@ -166,6 +170,7 @@ def protect(
 
 def _protection() -> Callable[..., Protected]:
     """`instance.protect`, with the loaded libraries' own messages and bars turned off."""
+    os.environ.setdefault(LARGE_PAGES, "1")
     from transformers.utils import logging
 
     from stip_keyservice.protect.instance import protect as protect_checkpoint
