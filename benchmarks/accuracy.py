@@ -25,10 +25,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from benchmarks import accuracy_results as report
+from benchmarks import accuracy_report as report
 from benchmarks import machine
-from benchmarks.accuracy_models import CONFIGURATIONS, VOCABULARY, Checkpoint, Model, ProtectedCheckpoint, checkpoint
-from benchmarks.accuracy_results import FamilyResult, Narrow, Results, Row, compare, narrow
+from benchmarks.accuracy_models import (
+    CONFIGURATIONS,
+    VOCABULARY,
+    Checkpoint,
+    Model,
+    PlainModel,
+    ProtectedCheckpoint,
+    checkpoint,
+)
+from benchmarks.accuracy_results import FamilyResult, Narrow, Results, Row, Ties, compare, narrow
 from stip_keyservice.protect.presets import PRESETS
 from stip_protocol.errors import PresetRefused
 
@@ -68,38 +76,36 @@ class _Family:
 
     def measure(self) -> FamilyResult:
         wide = checkpoint(self._job.family, self._job.seed, torch.float32, self._new("wide"))
-        plain = wide.plain(torch.float32)
-        reference = predictions(plain, self._ids)
-        presets, controls = self._presets(wide, reference), self._controls(wide, reference)
+        plain, precise = wide.plain(torch.float32), wide.plain(torch.float64)
+        reference, exact = predictions(plain, self._ids), predictions(precise, self._ids)
+        ties = Ties.of(reference, exact, margins(plain, self._ids), margins(precise, self._ids))
+        presets, some = self._presets(wide, reference, ties), min(AGAIN_SAMPLES, self._job.samples)
+        again = predictions(plain, self._ids[:some], batch=AGAIN_BATCH)
         return FamilyResult(
             family=self._job.family,
             parameters=wide.parameters,
             predicted=len(set(reference.argmax(1).tolist())),
+            routing_ties=int(ties.routing.sum()),
             presets=presets,
-            controls=controls,
+            controls=[
+                Row(f"plain, batches of {AGAIN_BATCH}", compare(reference[:some], again, ties.first(some))),
+                Row("plain, float64", compare(reference, exact, ties)),
+                Row("one key left out", compare(reference, self._without_a_key(wide), ties)),
+            ],
             narrow=self._narrow(),
             refused=self._refused,
         )
 
-    def _presets(self, wide: Checkpoint, reference: torch.Tensor) -> list[Row]:
+    def _presets(self, wide: Checkpoint, reference: torch.Tensor, ties: Ties) -> list[Row]:
         return [
-            Row(preset, compare(reference, predictions(protected.model(torch.float32), self._ids)))
+            Row(preset, compare(reference, predictions(protected.model(torch.float32), self._ids), ties))
             for preset, protected in self._protected(wide)
         ]
 
-    def _controls(self, wide: Checkpoint, reference: torch.Tensor) -> list[Row]:
-        some, seed = min(AGAIN_SAMPLES, self._job.samples), self._job.seed
-        again = predictions(wide.plain(torch.float32), self._ids[:some], batch=AGAIN_BATCH)
-        exact = predictions(wide.plain(torch.float64), self._ids)
-        intact = wide.protect(CONTROLLED, seed, self._new("intact"))
-        mutant = wide.protect(CONTROLLED, seed, self._new("mutant"), mutate=intact.left_out)
-        width = compare(reference, predictions(intact.model(torch.float32), self._ids)).tie_width
-        wrong = predictions(mutant.model(torch.float32), self._ids)
-        return [
-            Row(f"plain, batches of {AGAIN_BATCH}", compare(reference[:some], again)),
-            Row("plain, float64", compare(reference, exact)),
-            Row("one key left out", compare(reference, wrong, tie_width=width)),
-        ]
+    def _without_a_key(self, wide: Checkpoint) -> torch.Tensor:
+        intact = wide.protect(CONTROLLED, self._job.seed, self._new("intact"))
+        mutant = wide.protect(CONTROLLED, self._job.seed, self._new("mutant"), mutate=intact.left_out)
+        return predictions(mutant.model(torch.float32), self._ids)
 
     def _narrow(self) -> list[Narrow]:
         stored = checkpoint(self._job.family, self._job.seed, torch.bfloat16, self._new("narrow"))
@@ -134,6 +140,12 @@ def predictions(model: Model, ids: torch.Tensor, *, batch: int = BATCH) -> torch
     """float32 [samples, vocabulary] logits of the last position of ids [samples, length]."""
     with torch.inference_mode():
         return torch.cat([model.last(some).float() for some in torch.split(ids, batch)])
+
+
+def margins(model: PlainModel, ids: torch.Tensor) -> torch.Tensor:
+    """`PlainModel.margins` of all samples."""
+    with torch.inference_mode():
+        return torch.cat([model.margins(some) for some in torch.split(ids, BATCH)])
 
 
 def _names(known: list[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:

@@ -98,6 +98,17 @@ class PlainModel:
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits
 
+    def margins(self, ids: torch.Tensor) -> torch.Tensor:
+        """float64 [n, decisions]: in each router, at each position of ids [n, length], how far the last chosen
+        expert is above the first that is not, in the router's own units; no decisions where there are no experts."""
+        chosen = getattr(self.model.config, "num_experts_per_tok", None)
+        if chosen is None:
+            return torch.empty(len(ids), 0, dtype=torch.float64)
+        answer = self.model(input_ids=ids, use_cache=False, logits_to_keep=1, output_router_logits=True)
+        scores = torch.stack(answer.router_logits, dim=1).double()
+        last, next_one = scores.topk(chosen + 1).values[..., -2:].unbind(-1)
+        return (last - next_one).view(len(ids), -1)
+
 
 @dataclass(frozen=True)
 class HeadInEnclave:
@@ -150,7 +161,7 @@ class Checkpoint:
     """As it is stored."""
     parameters: int
 
-    def plain(self, dtype: torch.dtype) -> Model:
+    def plain(self, dtype: torch.dtype) -> PlainModel:
         """The model, computing in `dtype`."""
         model = _load(AutoModelForCausalLM, self.family, self.directory, dtype)
         if dtype is torch.float64 and "num_experts_per_tok" in CONFIGURATIONS[self.family]:

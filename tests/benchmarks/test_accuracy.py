@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy_results import compare, narrow
+from benchmarks.accuracy_results import Ties, compare, narrow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,9 +75,26 @@ def test_sums_are_over_the_vocabulary_and_then_over_samples() -> None:
 def test_another_pick_is_a_tie_only_within_the_width() -> None:
     reference = torch.tensor([[1.0, 0.9, 0.0], [1.0, 0.0, 0.9], [1.0, 0.0, 0.0]])
     swapped = torch.tensor([[0.9, 1.0, 0.0], [1.0, 0.0, 0.9], [0.0, 1.0, 0.0]])
-    narrow_width, wide = (compare(reference, swapped, tie_width=width) for width in (0.05, 0.2))
+    no_routing = torch.zeros(3, dtype=torch.bool)
+    narrow_width, wide = (compare(reference, swapped, Ties(width, no_routing)) for width in (0.05, 0.2))
     assert (narrow_width.same, narrow_width.same_or_tied, narrow_width.near_ties) == (1, 1, 0)
     assert (wide.same, wide.same_or_tied, wide.near_ties) == (1, 2, 2)
+
+
+def test_ties_come_from_the_rounding_of_the_plain_model_alone() -> None:
+    reference = torch.zeros(3, 4)
+    exact = reference + torch.tensor([[0.01], [0.02], [5.0]])
+    margins = torch.tensor([[1.0, 0.5], [1.0, 0.004], [0.3, 1.0]], dtype=torch.float64)
+    ties = Ties.of(reference, exact, margins, margins + 0.001)
+    assert ties.width == pytest.approx(8 * 0.02)
+    assert ties.routing.tolist() == [False, True, False]
+    assert not Ties.of(reference, exact, margins[:, :0], margins[:, :0]).routing.any()
+
+
+def test_another_pick_where_routing_is_a_tie_counts_as_one() -> None:
+    reference, other = torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, 9.0], [0.0, 9.0]])
+    found = compare(reference, other, Ties(0.0, torch.tensor([True, False])))
+    assert (found.same, found.same_or_tied, found.near_ties) == (0, 1, 1)
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
