@@ -130,28 +130,20 @@ def test_layers_that_differ_by_configuration_are_refused(plain: Plain) -> None:
     refuse(plain, ArchitectureUnsupported, "per_layer_config", per_layer_config={"0": {"skip": ["mlp"]}})
 
 
-@pytest.mark.parametrize("preset", ["hardened", "throughput"])
-def test_a_shift_that_nothing_can_take_up_is_refused(preset: str) -> None:
-    """Without biases W·β goes to the all-ones direction, which a reader without a norm still sees. `paper` does
-    not fold."""
-    config = FIXED["gpt_neox one after another, without biases"]
-    architecture = expand(config)
+def test_a_shift_that_nothing_can_take_up_is_refused() -> None:
+    """A matrix stored [in, out] that has no bias: its W·β has no place under a dense key. `paper` does not fold."""
+    architecture = expand(FIXED["gpt2"])
     linears = tuple(
-        replace(linear, norm=None) if linear.name == "layers.0.q" else linear for linear in architecture.linears
+        replace(linear, bias=None) if linear.name == "layers.0.up" else linear for linear in architecture.linears
     )
-    headers = {name: TensorHeader(name, "F32", shape) for name, shape in architecture.tensors.items()}
-    bare = replace(architecture, linears=linears)
+    tensors = {name: shape for name, shape in architecture.tensors.items() if name != "transformer.h.0.mlp.c_fc.bias"}
+    bare = replace(architecture, linears=linears, tensors=tensors)
+    headers = {name: TensorHeader(name, "F32", shape) for name, shape in tensors.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stip_keyservice.protect.plan.expand", lambda _: bare)
-        with pytest.raises(Unrepresentable, match=r"bias of layers\.0\.k: got none, .*or the preset paper"):
-            plan(config, headers, preset, ROOT, **ACCEPTED)
-        assert plan(config, headers, "paper", ROOT).preset == "paper"
-
-
-def test_an_opt_without_biases_and_last_norm_is_unrepresentable(models: Models) -> None:
-    plain = models.make(FIXED["opt"] | {"enable_bias": False, "_remove_final_layer_norm": True})
-    refuse(plain, Unrepresentable, r"bias of layers\.0\.q")
-    assert plain.protect("paper").plan.preset == "paper"
+        with pytest.raises(Unrepresentable, match=r"bias of layers\.0\.up: got none, .*or the preset paper"):
+            plan(FIXED["gpt2"], headers, "hardened", ROOT)
+        assert plan(FIXED["gpt2"], headers, "paper", ROOT, **ACCEPTED).preset == "paper"
 
 
 def test_throughput_is_refused_unless_its_token_cipher_is_accepted(models: Models) -> None:
