@@ -138,8 +138,8 @@ def test_every_tensor_is_keyed(plain: Plain) -> None:
         plan = plain.protect(preset).plan
         architecture = plan.architecture
         keyed = {incidence.tensor for incidence in plan.incidences}
-        folded = {name for norm in architecture.norms if not norm.scales for name in (norm.weight, norm.bias) if name}
-        left = folded if preset != "paper" else unkeyed(plain, preset)
+        norms = [norm for norm in architecture.norms if norm.weight in plan.folded]
+        left = {name for norm in norms for name in (norm.weight, norm.bias) if name} | unkeyed(plain, preset)
         assert keyed >= plan.stored.keys() - left
 
 

@@ -18,7 +18,7 @@ from stip_keyservice.protect.architecture import After
 from stip_keyservice.protect.families import expand
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.state_dict import StateSource
-from stip_protocol.keys import VOCABULARY_LABEL, Permutation, derive, vocabulary_key
+from stip_protocol.keys import VOCABULARY_LABEL, Orthogonal, Permutation, derive, vocabulary_key
 from tests.protect_core.fixed import FIXED
 from tests.protect_core.models import Models, Plain, Protected, in_memory, unkeyed
 
@@ -108,14 +108,16 @@ def test_tables_of_the_server_part_are_zeros_unless_it_decodes_alone(plain: Plai
     assert plan.config["vocab_size"] == tables["embedding"].shape[0]
 
 
-def test_norms_are_folded_unless_they_scale_or_the_preset_is_paper(plain: Plain, preset: str) -> None:
+def test_norms_are_folded_where_a_dense_key_leaves_no_other_way(plain: Plain, preset: str) -> None:
     """What is left of a folded one: γ = 1 as it is stored, and β = 0, or 1 where no bias could take up the β."""
     protected = plain.protect(preset)
     architecture = protected.plan.architecture
     prefix = architecture.prefix if preset == "hardened" else ""
     for norm in architecture.norms:
         weight = protected.server[norm.weight.removeprefix(prefix)]
-        folded = preset != "paper" and not norm.scales
+        dense = isinstance(protected.plan.keys[norm.space], Orthogonal)
+        assert dense <= (preset != "paper" and not norm.scales)
+        folded = dense and norm.gain is None
         assert bool((weight == norm.unit).all()) == folded, norm
         if norm.bias:
             bias = protected.server[norm.bias.removeprefix(prefix)]

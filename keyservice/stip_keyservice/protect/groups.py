@@ -46,6 +46,8 @@ _COVERS: dict[Group, tuple[Group, ...]] = {
 }
 """Direct subgroups. Signs of pairs are diagonal. What may drop the all-ones vector may keep it: a permutation."""
 
+DENSE = frozenset({Group.ORTHOGONAL, Group.ORTHOGONAL_CENTRED})
+"""Groups whose keys mix coordinates: γ cannot move along with one."""
 _FOLDED = {NormKind.RMS: Group.ORTHOGONAL, NormKind.LAYER: Group.ORTHOGONAL_CENTRED}
 """What a norm commutes with once γ and β are folded: RMSNorm (Zhang and Sennrich 2019) sees the length only,
 LayerNorm (Ba et al. 2016) what is left without the mean."""

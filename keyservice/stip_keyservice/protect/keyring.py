@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from stip_keyservice.protect.architecture import Architecture, Layout, Port, Role, Space, Width
-from stip_keyservice.protect.groups import Group, caps
+from stip_keyservice.protect.groups import DENSE, Group, caps
 from stip_keyservice.protect.presets import Preset
 from stip_protocol.keys import (
     HeadsKey,
@@ -51,6 +51,15 @@ def groups_of(architecture: Architecture, preset: Preset) -> dict[str, Group]:
     if not preset.head_on_server:
         chosen[architecture.vocabulary_space] = Group.IDENTITY
     return chosen
+
+
+def folding_norms(architecture: Architecture, preset: Preset) -> frozenset[str]:
+    """The norms whose γ and β fold into the next matrices: those of a space with a dense key.
+
+    Elsewhere γ moves along with the key, and no weight is rounded for its sake.
+    """
+    groups = groups_of(architecture, preset)
+    return frozenset(norm.weight for norm in architecture.norms if not norm.scales and groups[norm.space] in DENSE)
 
 
 def draw_keys(architecture: Architecture, preset: Preset, root: bytes) -> dict[str, SpaceKey]:

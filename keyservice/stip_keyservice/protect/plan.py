@@ -11,7 +11,7 @@ unless the server decodes alone, and so are learned positions; the enclave holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from stip_keyservice.protect.folding import (
     VectorPart,
     stored,
 )
-from stip_keyservice.protect.keyring import SpaceKey, draw_keys, key_at
+from stip_keyservice.protect.keyring import SpaceKey, draw_keys, folding_norms, key_at
 from stip_keyservice.protect.matching import TensorHeader, match
 from stip_keyservice.protect.presets import Preset
 from stip_keyservice.protect.presets import preset as preset_named
@@ -86,6 +86,8 @@ class Plan:
     logit_cap: float | None
     """Final logits are cap·tanh(logits / cap)."""
     architecture: Architecture
+    folded: frozenset[str]
+    """Norms, by weight, whose γ and β lie in the matrices behind them."""
     stored: Mapping[str, Stored]
     """Where each plain tensor lies in the source, by its name in `architecture`; tied ones are absent where the
     source leaves them out."""
@@ -157,7 +159,8 @@ class _Builder:
         self._keys = keys
         self._mutate = mutate
         self._norms = {norm.weight: norm for norm in architecture.norms}
-        self._absorbing = set(_absorbing(architecture, preset)) if preset.folds else set()
+        self._folding = folding_norms(architecture, preset)
+        self._absorbing = set(_absorbing(architecture, preset, self._folding))
         self._incidences: list[Incidence] = []
         self._server: dict[Output, Recipe] = {}
         self._enclave: dict[Output, Recipe] = {}
@@ -192,6 +195,7 @@ class _Builder:
             output=preset.output,
             logit_cap=architecture.logit_cap,
             architecture=architecture,
+            folded=self._folding,
             stored=self._stored,
             keys=self._keys,
             incidences=tuple(self._incidences),
@@ -235,7 +239,7 @@ class _Builder:
     def _norm(self, norm: Norm) -> None:
         architecture = self._architecture
         shape = architecture.tensors[norm.weight]
-        folded = self._preset.folds and not norm.scales
+        folded = norm.weight in self._folding
         beta = 1.0 if norm.weight in self._absorbing else 0.0
         gain = norm.gain or Port(norm.space, Role.PERMUTATION)
         for tensor, constant, port, shift in (
@@ -299,7 +303,7 @@ class _Builder:
         )
 
     def _fold(self, linear: Linear) -> Fold | None:
-        if linear.norm is None or not self._preset.folds:
+        if linear.norm not in self._folding:
             return None
         norm = self._norms[linear.norm]
         absorbs = linear.bias is None and linear.norm in self._absorbing
@@ -328,9 +332,9 @@ class _Builder:
         part[Output(name, self._dtype, shape)] = recipe
 
 
-def _absorbing(architecture: Architecture, preset: Preset) -> Iterator[str]:
+def _absorbing(architecture: Architecture, preset: Preset, folding: Collection[str]) -> Iterator[str]:
     """Norms whose β a matrix of the server without a bias takes up."""
-    shifting = {norm.weight for norm in architecture.norms if norm.bias}
+    shifting = {norm.weight for norm in architecture.norms if norm.bias and norm.weight in folding}
     for linear in architecture.linears:
         on_server = preset.head_on_server or linear.name != architecture.head
         if linear.norm in shifting and linear.bias is None and on_server:

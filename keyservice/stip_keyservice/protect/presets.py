@@ -19,7 +19,7 @@ class Preset:
     name: str
     asks: tuple[Group, ...]
     folds: bool
-    """Whether γ and β are folded into the next matrices."""
+    """Whether γ and β may be folded into the next matrices, for a key that they could not move along with."""
     head_on_server: bool
     table_on_server: bool
     """Whether the server holds the keyed embedding too, and decodes alone over permuted ids."""

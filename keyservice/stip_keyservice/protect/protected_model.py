@@ -19,7 +19,6 @@ import torch
 from stip_keyservice.protect.checkpoint import Checkpoint
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.plan import EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Output, Plan
-from stip_keyservice.protect.presets import preset
 from stip_keyservice.protect.streamed_model import BLOCK_BYTES, Observe, StreamedModel
 from stip_keyservice.protect.weights import Alter, Weights, as_stored
 from stip_protocol.errors import CheckpointInvalid, IntegrityError, SealedPartInvalid
@@ -212,8 +211,7 @@ def _final_norm(planned: Plan) -> _FinalNorm:
     """The norm before the head. Where it folds into the head, what is observed after it is without scale and shift."""
     architecture = planned.architecture
     norm = architecture.linear(architecture.head).norm
-    folds = norm is not None and preset(planned.preset).folds
-    return {"final_norm": norm, "unit": architecture.norm(norm).unit if norm and folds else None}
+    return {"final_norm": norm, "unit": architecture.norm(norm).unit if norm in planned.folded else None}
 
 
 def _server_part(directory: Path, planned: Plan) -> Checkpoint:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from stip_keyservice.protect.architecture import Architecture, Layout
-from stip_keyservice.protect.groups import Group
+from stip_keyservice.protect.groups import DENSE
 from stip_keyservice.protect.keyring import groups_of
 from stip_keyservice.protect.presets import Preset
 from stip_protocol.errors import PresetRefused
-
-DENSE = frozenset({Group.ORTHOGONAL, Group.ORTHOGONAL_CENTRED})
 
 
 def require_safe(
