@@ -16,11 +16,8 @@ def presets(config: Config) -> list[str]:
     """The presets that are not refused for a configuration once everything is accepted.
 
     Learned positions keep `throughput` away, and so does a tied head under a dense key: only Gemma's norms behind
-    each block leave signed permutations in place of a dense one. An OPT without biases and without its last norm
-    has nowhere for its β to go.
+    each block leave signed permutations in place of a dense one.
     """
-    if config["model_type"] == "opt" and not config["enable_bias"] and config["_remove_final_layer_norm"]:
-        return ["paper"] if config["do_layer_norm_before"] else ["paper", "hardened"]
     learned = config["model_type"] in ("gpt2", "opt")
     tied = config["tie_word_embeddings"] and not config["model_type"].startswith("gemma")
     return ["paper", "hardened", *(() if learned or tied else ("throughput",))]

@@ -19,13 +19,15 @@ from tests.protect_core.models import Models, Plain, Protected, run
 SEEDS = 4
 """Models of a configuration, each with 16 prompts of 12 ids and a root secret of its own: 192 rows of logits each.
 The ratios over these four and over twelve models differ by 0.07 at most, by 0.02 for most families."""
-RMS_NORM, LAYER_NORM, NO_BIAS = (1.1, 1.25), (1.1, 1.3), (1.2, 1.45)
+NOT_DENSE, RMS_NORM, LAYER_NORM, NO_BIAS = (1.1, 1.1), (1.1, 1.25), (1.1, 1.3), (1.2, 1.45)
 """Bounds of the arithmetic and of the whole, as parts of the plain model's error."""
 
 
 def bounds(name: str) -> tuple[float, float]:
     if name == "gpt_neox one after another, without biases":
         return NO_BIAS
+    if FIXED[name]["model_type"].startswith("gemma"):
+        return NOT_DENSE
     return LAYER_NORM if FIXED[name]["model_type"] in ("gpt2", "gpt_neox", "opt") else RMS_NORM
 
 
@@ -73,10 +75,11 @@ def test_bfloat16_costs_what_it_costs_the_plain_model_and_one_rounding_of_the_we
 ) -> None:
     """`paper` stays within 1.1 of the plain model's error, and under dense keys the arithmetic does.
 
-    The rounding of keyed weights alone is 0.36 to 0.82 of the plain model's error. With it the whole is, over twelve
-    models of each configuration, 1.05 to 1.17 with RMSNorm, 1.10 to 1.23 with LayerNorm, and 1.35 where no bias
-    takes β up: the norm then carries a 1 that its rows lose digits to. So 1.1 is not met by the whole; the bounds
-    are what was measured and room for the scatter of four models.
+    The rounding of keyed weights alone is 0.21 to 0.82 of the plain model's error. With it the whole is, over twelve
+    models of each configuration, 1.02 for Gemma, whose residual has no dense key, 1.05 to 1.17 for others with
+    RMSNorm, 1.13 to 1.23 with LayerNorm, and 1.35 where no bias takes β up: the norm then carries a 1 that its rows
+    lose digits to. So 1.1 is met by the whole for some; the bounds are what was measured and room for the scatter
+    of four models.
     """
     errors = measure(models, name)
     assert errors["paper"].total < 1.1 * errors["paper"].plain
