@@ -19,7 +19,7 @@ from tests.protect_core.models import Models, Plain, Protected, run
 SEEDS = 4
 """Models of a configuration, each with 16 prompts of 12 ids and a root secret of its own: 192 rows of logits each.
 The ratios over these four and over twelve models differ by 0.07 at most, by 0.02 for most families."""
-NOT_DENSE, RMS_NORM, LAYER_NORM, NO_BIAS = (1.1, 1.1), (1.1, 1.25), (1.1, 1.3), (1.2, 1.45)
+NOT_DENSE, RMS_NORM, LAYER_NORM, NO_BIAS = (1.1, 1.1), (1.1, 1.25), (1.1, 1.3), (1.15, 1.4)
 """Bounds of the arithmetic and of the whole, as parts of the plain model's error."""
 
 
@@ -77,8 +77,8 @@ def test_bfloat16_costs_what_it_costs_the_plain_model_and_one_rounding_of_the_we
 
     The rounding of keyed weights alone is 0.21 to 0.82 of the plain model's error. With it the whole is, over twelve
     models of each configuration, 1.02 for Gemma, whose residual has no dense key, 1.05 to 1.17 for others with
-    RMSNorm, 1.13 to 1.23 with LayerNorm, and 1.35 where no bias takes β up: the norm then carries a 1 that its rows
-    lose digits to. So 1.1 is met by the whole for some; the bounds are what was measured and room for the scatter
+    RMSNorm, 1.13 to 1.23 with LayerNorm, and 1.23 to 1.28 where no bias takes β up: the norm then carries a constant that its
+    rows lose digits to. So 1.1 is met by the whole for some; the bounds are what was measured and room for the scatter
     of four models.
     """
     errors = measure(models, name)

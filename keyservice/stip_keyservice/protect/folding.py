@@ -94,8 +94,8 @@ class Fold:
     weight: Stored
     bias: Stored | None
     shift: float
-    absorbs: bool = False
-    """W·β has no bias to go to: it goes to the all-ones direction, see `MatrixPart`."""
+    absorbed_at: float = 0.0
+    """Where W·β has no bias to go to: the c that the norm holds for β. See `MatrixPart`."""
 
     def gamma(self, source: TensorSource) -> torch.Tensor:
         return self.weight.whole(source).double() + self.shift
@@ -109,7 +109,7 @@ class MatrixPart:
     """A slab of a stored matrix, between two keys. `reads` is the dual, K_r⁻ᵀ.
 
     Where the fold absorbs: the norm is a LayerNorm, whose normalised output has no mean, K_r drops the all-ones
-    direction, and the norm is left with β = 1, so that what is read is K_r·n + 1. Adding (W·β)·1ᵀ/d to the
+    direction, and the norm is left with β = c·1, so that what is read is K_r·n + c·1. Adding (W·β)·1ᵀ/(c·d) to the
     matrix then adds W·β to the product, and nothing else of the matrix sees the ones.
     """
 
@@ -129,7 +129,7 @@ class MatrixPart:
     def sources(self) -> tuple[str, ...]:
         fold = self.fold
         folded = (fold.weight.name,) if fold else ()
-        absorbed = (fold.bias.name,) if fold and fold.absorbs and fold.bias else ()
+        absorbed = (fold.bias.name,) if fold and fold.absorbed_at and fold.bias else ()
         return (self.tensor.name, *folded, *absorbed, *((self.alias.name,) if self.alias else ()))
 
     @property
@@ -158,8 +158,8 @@ class MatrixPart:
         if self.fold is None or self.transposed:
             return mixed_columns(right, rows)
         keyed = mixed_columns(right, rows * self.fold.gamma(source))
-        if self.fold.absorbs and (beta := self.fold.beta(source)) is not None:
-            keyed = keyed + (rows @ beta / beta.shape[0])[:, None]
+        if self.fold.absorbed_at and (beta := self.fold.beta(source)) is not None:
+            keyed = keyed + (rows @ beta / (beta.shape[0] * self.fold.absorbed_at))[:, None]
         return keyed
 
     def rows(self, source: TensorSource, index: slice | Index) -> torch.Tensor:
@@ -248,7 +248,7 @@ class VectorPart:
     def _shift(self, source: TensorSource) -> torch.Tensor | None:
         """W·β, in float64."""
         part = self.matrix
-        beta = part.fold.beta(source) if part and part.fold and not part.fold.absorbs else None
+        beta = part.fold.beta(source) if part and part.fold and not part.fold.absorbed_at else None
         if part is None or beta is None:
             return None
         if part.transposed:

@@ -11,6 +11,7 @@ unless the server decodes alone, and so are learned positions; the enclave holds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -240,7 +241,7 @@ class _Builder:
         architecture = self._architecture
         shape = architecture.tensors[norm.weight]
         folded = norm.weight in self._folding
-        beta = 1.0 if norm.weight in self._absorbing else 0.0
+        beta = _absorbing_level(shape[0]) if norm.weight in self._absorbing else 0.0
         gain = norm.gain or Port(norm.space, Role.PERMUTATION)
         for tensor, constant, port, shift in (
             (norm.weight, norm.unit, gain, 1.0 - norm.unit),
@@ -315,7 +316,8 @@ class _Builder:
                 "a bias, which the β of the norm before it folds into; or the preset paper",
             )
         bias = self._stored[norm.bias] if norm.bias else None
-        return Fold(self._stored[norm.weight], bias, 1.0 - norm.unit, absorbs)
+        level = _absorbing_level(self._architecture.width(linear.reads)) if absorbs else 0.0
+        return Fold(self._stored[norm.weight], bias, 1.0 - norm.unit, level)
 
     def _key(self, tensor: str, part: str, port: Port, side: Literal["reads", "writes", "names"]) -> Key:
         key = key_at(self._keys, port)
@@ -330,6 +332,15 @@ class _Builder:
 
     def _put(self, part: dict[Output, Recipe], name: str, shape: tuple[int, ...], recipe: Recipe) -> None:
         part[Output(name, self._dtype, shape)] = recipe
+
+
+def _absorbing_level(width: int) -> float:
+    """The c of a norm that holds c·1 for its β: the power of two next to width^(-1/4).
+
+    A large c costs the digits of the normalised row that it is added to, a small one those of the matrix, whose
+    entries grow by (W·β)/(c·width).
+    """
+    return float(2.0 ** -round(math.log2(width) / 4))
 
 
 def _absorbing(architecture: Architecture, preset: Preset, folding: Collection[str]) -> Iterator[str]:
