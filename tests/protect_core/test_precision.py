@@ -77,9 +77,9 @@ def test_bfloat16_costs_what_it_costs_the_plain_model_and_one_rounding_of_the_we
 
     The rounding of keyed weights alone is 0.21 to 0.82 of the plain model's error. With it the whole is, over twelve
     models of each configuration, 1.02 for Gemma, whose residual has no dense key, 1.05 to 1.17 for others with
-    RMSNorm, 1.13 to 1.23 with LayerNorm, and 1.23 to 1.28 where no bias takes β up: the norm then carries a constant that its
-    rows lose digits to. So 1.1 is met by the whole for some; the bounds are what was measured and room for the scatter
-    of four models.
+    RMSNorm, 1.13 to 1.23 with LayerNorm, and 1.23 to 1.28 where no bias takes β up: the norm then carries a constant
+    that its rows lose digits to. So 1.1 is met by the whole for some; the bounds are what was measured and room for
+    the scatter of four models.
     """
     errors = measure(models, name)
     assert errors["paper"].total < 1.1 * errors["paper"].plain
