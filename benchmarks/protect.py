@@ -25,7 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from benchmarks import checkpoints, machine, protection_report
 from benchmarks.protect_run import Run
 from benchmarks.protection_report import Copy, Protection, Results
-from stip_keyservice.protect.commands import LARGE_PAGES
+from stip_keyservice.protect.commands.protect import LARGE_PAGES
 
 DOCS = machine.ROOT / "docs" / "benchmarks"
 PRESETS = ("paper", "hardened")

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 
 from benchmarks.sampling import Sampler
-from stip_keyservice.protect.checkpoint import Checkpoint
-from stip_keyservice.protect.memory import default_workers
 from stip_keyservice.protect.parts import write_parts
 from stip_keyservice.protect.plan import plan
 from stip_keyservice.protect.progress import Stages, silent
-from stip_keyservice.protect.workspace import claimed
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
+from stip_keyservice.protect.storage.memory import default_workers
+from stip_keyservice.protect.storage.workspace import claimed
 from stip_protocol.manifest import Preset
 from stip_protocol.secrets_file import InstanceSecrets
 

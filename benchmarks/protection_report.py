@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.machine import Machine
 from benchmarks.protect_run import Run
 from benchmarks.report import BUSY, markdown
-from stip_keyservice.protect import memory
+from stip_keyservice.protect.storage import memory
 
 PAGE, DATA = "protection.md", "protection.json"
 TARGETS = {"paper": 1.5}

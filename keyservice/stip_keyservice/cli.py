@@ -15,6 +15,7 @@ import click
 
 from stip_protocol.errors import ConfigurationError, StipError
 
+_PROTECT = "stip_keyservice.protect.commands"
 _COMMANDS = "stip_keyservice.service.commands"
 
 
@@ -33,9 +34,13 @@ class Lazy:
 
 
 COMMANDS = {
-    "protect": Lazy("stip_keyservice.protect.commands", "protect", "Protect a model: make an instance directory."),
+    "protect": Lazy(
+        "stip_keyservice.protect.commands.protect", "protect", "Protect a model: make an instance directory."
+    ),
     "verify-equivalence": Lazy(
-        "stip_keyservice.protect.verify", "verify_equivalence", "Compare an instance with the model it was made from."
+        "stip_keyservice.protect.commands.verify",
+        "verify_equivalence",
+        "Compare an instance with the model it was made from.",
     ),
     "serve": Lazy(f"{_COMMANDS}.serve", "serve", "Release keys to attested enclaves."),
     "users": Lazy(f"{_COMMANDS}.users", "group", "Who may use the instances, and how much."),

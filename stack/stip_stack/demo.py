@@ -22,7 +22,7 @@ from transformers import AutoConfig
 import stip
 from stip.tokenizer import Tokenizer
 from stip_enclave.sampling import Sampler, Sampling
-from stip_keyservice.protect.certificate import TIE_WIDTH, Certificate
+from stip_keyservice.protect.equivalence.certificate import TIE_WIDTH, Certificate
 from stip_protocol.errors import ConfigurationError
 from stip_stack import latency
 from stip_stack.reference import PlainModel, without_keys

@@ -168,13 +168,13 @@ class Uses(ast.NodeVisitor):
 
 PROTECT = "keyservice/stip_keyservice/protect"
 ALLOWED: Mapping[str, Mapping[str, set[str]]] = {
-    f"{PROTECT}/certificate.py": {
+    f"{PROTECT}/equivalence/certificate.py": {
         "salt of what the certificate commits to": {"secrets.token_hex"},
     },
-    f"{PROTECT}/inputs.py": {
+    f"{PROTECT}/equivalence/inputs.py": {
         "seeded sample inputs": {"torch.randint", "torch.Generator", ".manual_seed"},
     },
-    f"{PROTECT}/weights.py": {
+    f"{PROTECT}/equivalence/weights.py": {
         "seeded jitter within the rounding": {"torch.rand", "torch.Generator", ".manual_seed"},
     },
     f"{PROTECT}/instance.py": {

@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors.torch import save, save_file
 
-from stip_keyservice.protect.certificate import Certificate, Certification
-from stip_keyservice.protect.checkpoint import Checkpoint
+from stip_keyservice.protect.equivalence.certificate import Certificate, Certification
+from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
 from stip_keyservice.protect.plan import Plan, plan
-from stip_keyservice.protect.protected_model import InstanceFiles
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.keys import VOCABULARY_LABEL, derive
 from stip_protocol.sealed import SealedWriter
 

@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from safetensors.torch import load_file, save_file
 
 from stip_keyservice.protect import instance
-from stip_keyservice.protect.certificate import BOUNDS, Certificate
-from stip_keyservice.protect.checkpoint import Checkpoint
+from stip_keyservice.protect.equivalence.certificate import BOUNDS, Certificate
 from stip_keyservice.protect.instance import protect
 from stip_keyservice.protect.plan import plan
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.errors import CheckpointInvalid, IntegrityError, SealedPartInvalid
 
 from .conftest import Case
@@ -159,7 +159,7 @@ def test_padding_changes_nothing(protected: Protect) -> None:
 def test_batches_change_rounding_only(protected: Protect, monkeypatch: pytest.MonkeyPatch) -> None:
     laid = protected(Case("llama", tied=False), "hardened")
     whole = laid.certify(samples=5)
-    monkeypatch.setattr("stip_keyservice.protect.certificate.BATCH_ROWS", 50)
+    monkeypatch.setattr("stip_keyservice.protect.equivalence.certificate.BATCH_ROWS", 50)
     certification = laid.certification(samples=5)
     assert certification.steps == 3 * 2 * 3, "three batches, two passes, two layers and a head"
     parts = certification.run()

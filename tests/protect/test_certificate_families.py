@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stip_keyservice.protect.certificate import BOUNDS
+from stip_keyservice.protect.equivalence.certificate import BOUNDS
 
 from .decoders import DECODERS
 from .laying import lay_out

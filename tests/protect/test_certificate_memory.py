@@ -19,7 +19,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from stip_keyservice.home import Home
-from stip_keyservice.protect.equivalence import verify
+from stip_keyservice.protect.equivalence.verification import verify
 
 def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

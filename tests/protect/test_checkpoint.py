@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from stip_keyservice.protect.checkpoint import INDEX, WEIGHTS, Checkpoint
-from stip_keyservice.protect.headers import HEADER_LIMIT, read_header
+from stip_keyservice.protect.storage.checkpoint import INDEX, WEIGHTS, Checkpoint
+from stip_keyservice.protect.storage.headers import HEADER_LIMIT, read_header
 from stip_protocol.errors import CheckpointInvalid
 
 TENSORS = {

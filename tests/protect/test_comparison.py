@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stip_keyservice.protect import comparison
-from stip_keyservice.protect.comparison import Picks, Tally, keyed
+from stip_keyservice.protect.equivalence import comparison
+from stip_keyservice.protect.equivalence.comparison import Picks, Tally, keyed
 from stip_protocol.keys import KeyStream, draw_centred_orthogonal, draw_orthogonal
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(2, 7), st.integers(0, 2**31))

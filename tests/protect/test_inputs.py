@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stip_keyservice.protect.inputs import FILE_LIMIT, SEQUENCES_LIMIT, Inputs, read_ids
+from stip_keyservice.protect.equivalence.inputs import FILE_LIMIT, SEQUENCES_LIMIT, Inputs, read_ids
 from stip_protocol.errors import ConfigurationError
 
 LENGTHS = st.lists(st.integers(1, 20), max_size=12)

@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from stip_keyservice.home import Home
-from stip_keyservice.protect.commands import protect as protect_command
+from stip_keyservice.protect.commands.protect import protect as protect_command
 from stip_keyservice.protect.instance import Protected, protect
 from stip_protocol.errors import CheckpointInvalid, ConfigurationError, PresetRefused, SealedPartInvalid
 from stip_protocol.manifest import ClientManifest, Manifest, check_files
@@ -43,7 +43,7 @@ CASES = [
     (Case("gpt2", tied=True, dtype=torch.bfloat16), "hardened"),
     (LLAMA, "throughput"),
 ]
-PROCESS = [sys.executable, "-c", "from stip_keyservice.protect.commands import protect; protect()"]
+PROCESS = [sys.executable, "-c", "from stip_keyservice.protect.commands.protect import protect; protect()"]
 DEVELOPER, SEALING = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
 
 Checkpoints = Callable[[Case], Path]
@@ -387,5 +387,5 @@ def test_a_model_that_cannot_be_certified_is_not_published(checkpoint_of: Checkp
 
 
 def test_the_other_commands_of_the_key_service_do_not_pay_for_torch() -> None:
-    script = "import sys, stip_keyservice.protect.commands; sys.exit('torch' in sys.modules)"
+    script = "import sys, stip_keyservice.protect.commands.protect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks import checkpoints
-from stip_keyservice.protect.checkpoint import Checkpoint
 from stip_keyservice.protect.matching import TensorHeader
-from stip_keyservice.protect.memory import bound, default_workers
-from stip_keyservice.protect.pipeline import WORKERS_LIMIT
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
+from stip_keyservice.protect.storage.memory import bound, default_workers
+from stip_keyservice.protect.storage.pipeline import WORKERS_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE_TABLES = checkpoints.TINY | {

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from stip_keyservice.protect.checkpoint import WEIGHTS, Checkpoint
-from stip_keyservice.protect.spans import SpanCache
+from stip_keyservice.protect.storage.checkpoint import WEIGHTS, Checkpoint
+from stip_keyservice.protect.storage.spans import SpanCache
 from stip_protocol.errors import CheckpointInvalid
 
 STACK = torch.arange(2 * 3 * 4, dtype=torch.bfloat16).reshape(2, 3, 4)
@@ -147,7 +147,7 @@ def test_what_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
     save_file({"large": torch.ones(96, 1 << 18)}, tmp_path / WEIGHTS)
     script = (
         "import sys, pathlib\n"
-        "from stip_keyservice.protect.checkpoint import Checkpoint\n"
+        "from stip_keyservice.protect.storage.checkpoint import Checkpoint\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
         "checkpoint = Checkpoint.open(pathlib.Path(sys.argv[1]))\n"
         "checkpoint.rows('large', 0, 1)\n"

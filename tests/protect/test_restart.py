@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from stip_keyservice.protect.checkpoint import Checkpoint
 from stip_keyservice.protect.parts import server_files, write_server_documents
 from stip_keyservice.protect.plan import Plan, plan
-from stip_keyservice.protect.resume import Record
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
+from stip_keyservice.protect.storage.resume import Record
 from stip_protocol.manifest import ClientManifest, Manifest, check_files
 from stip_protocol.sealed import read_sealed
 from stip_protocol.secrets_file import InstanceSecrets, grant_of, open_secrets

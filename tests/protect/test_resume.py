@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stip_keyservice.protect.instance import Protected, protect
-from stip_keyservice.protect.journal import Journal
-from stip_keyservice.protect.resume import Inputs, Record
-from stip_keyservice.protect.workspace import claimed
+from stip_keyservice.protect.storage.journal import Journal
+from stip_keyservice.protect.storage.resume import Inputs, Record
+from stip_keyservice.protect.storage.workspace import claimed
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.manifest import FileDigest, file_digest
 from stip_protocol.secrets_file import InstanceSecrets, open_secrets

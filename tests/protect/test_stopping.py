@@ -16,7 +16,7 @@ import pytest
 from .conftest import Case
 
 MODEL = Case("llama", tied=False, sharded=True)
-PROCESS = [sys.executable, "-c", "from stip_keyservice.protect.commands import protect; protect()"]
+PROCESS = [sys.executable, "-c", "from stip_keyservice.protect.commands.protect import protect; protect()"]
 
 Checkpoints = Callable[[Case], Path]
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from stip_keyservice.protect import streamed_model
-from stip_keyservice.protect.checkpoint import Checkpoint
+from stip_keyservice.protect.equivalence import streamed_model
+from stip_keyservice.protect.equivalence.protected_model import PlainModel
+from stip_keyservice.protect.equivalence.streamed_model import ENTRY, FINAL
+from stip_keyservice.protect.equivalence.weights import Weights, moved_within_rounding
 from stip_keyservice.protect.plan import Plan, plan
-from stip_keyservice.protect.protected_model import PlainModel
-from stip_keyservice.protect.streamed_model import ENTRY, FINAL
-from stip_keyservice.protect.weights import Weights, moved_within_rounding
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.errors import CheckpointInvalid, IntegrityError
 
 from .decoders import DECODERS, VOCABULARY

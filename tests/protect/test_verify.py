@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from stip_keyservice.home import Home
+from stip_keyservice.protect.commands.verify import verify_equivalence
 from stip_keyservice.protect.instance import protect
-from stip_keyservice.protect.verify import verify_equivalence
 
 from .conftest import Case
 

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from stip_keyservice.protect import writer
-from stip_keyservice.protect.checkpoint import INDEX, WEIGHTS, Checkpoint
 from stip_keyservice.protect.folding import TORCH_DTYPE
-from stip_keyservice.protect.journal import Journal
-from stip_keyservice.protect.pipeline import AHEAD, ordered
 from stip_keyservice.protect.plan import Output
-from stip_keyservice.protect.writer import TensorFile, checkpoint_files, output_bytes, write_files, write_index
+from stip_keyservice.protect.storage import writer
+from stip_keyservice.protect.storage.checkpoint import INDEX, WEIGHTS, Checkpoint
+from stip_keyservice.protect.storage.journal import Journal
+from stip_keyservice.protect.storage.pipeline import AHEAD, ordered
+from stip_keyservice.protect.storage.writer import TensorFile, checkpoint_files, output_bytes, write_files, write_index
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.manifest import file_digest
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from stip_keyservice.protect.checkpoint import GENERATION_CONFIG, Checkpoint
+from stip_keyservice.protect.storage.checkpoint import GENERATION_CONFIG, Checkpoint
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.manifest import ClientManifest, file_digest
 

@@ -15,19 +15,19 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from stip_keyservice.protect.certificate import SAMPLES_LIMIT, Certificate, Certification
-from stip_keyservice.protect.checkpoint import Checkpoint
 from stip_keyservice.protect.client_part import stop_ids_of, write_client_part
-from stip_keyservice.protect.journal import Journal
+from stip_keyservice.protect.equivalence.certificate import SAMPLES_LIMIT, Certificate, Certification
+from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
 from stip_keyservice.protect.parts import write_parts
-from stip_keyservice.protect.pipeline import WORKERS_LIMIT
 from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.presets import preset as preset_named
 from stip_keyservice.protect.progress import Progress, Stages, StageTime, silent
-from stip_keyservice.protect.protected_model import InstanceFiles
-from stip_keyservice.protect.resume import Inputs, Record
-from stip_keyservice.protect.workspace import Workspace, claimed
-from stip_keyservice.protect.writer import SHARD_BYTES, write_atomically
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
+from stip_keyservice.protect.storage.journal import Journal
+from stip_keyservice.protect.storage.pipeline import WORKERS_LIMIT
+from stip_keyservice.protect.storage.resume import Inputs, Record
+from stip_keyservice.protect.storage.workspace import Workspace, claimed
+from stip_keyservice.protect.storage.writer import SHARD_BYTES, write_atomically
 from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
 from stip_protocol.manifest import FileDigest, Manifest, Preset, file_digest
 from stip_protocol.secrets_file import InstanceSecrets, grant_of, seal_secrets

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from stip_keyservice.protect.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, Checkpoint
-from stip_keyservice.protect.journal import Journal
-from stip_keyservice.protect.memory import default_workers
 from stip_keyservice.protect.plan import Output, Plan
 from stip_keyservice.protect.progress import Stages
-from stip_keyservice.protect.workspace import JOURNAL, Workspace
-from stip_keyservice.protect.writer import (
+from stip_keyservice.protect.storage.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, Checkpoint
+from stip_keyservice.protect.storage.journal import Journal
+from stip_keyservice.protect.storage.memory import default_workers
+from stip_keyservice.protect.storage.workspace import JOURNAL, Workspace
+from stip_keyservice.protect.storage.writer import (
     SHARD_BYTES,
     Compute,
     DigestedFile,

@@ -10,10 +10,10 @@ import math
 import os
 from collections.abc import Mapping
 
-from stip_keyservice.protect.headers import ITEM_BYTES
 from stip_keyservice.protect.matching import TensorHeader
-from stip_keyservice.protect.pipeline import WORKERS_LIMIT
-from stip_keyservice.protect.writer import BLOCK_BYTES
+from stip_keyservice.protect.storage.headers import ITEM_BYTES
+from stip_keyservice.protect.storage.pipeline import WORKERS_LIMIT
+from stip_keyservice.protect.storage.writer import BLOCK_BYTES
 from stip_protocol.keys.algebra import CHUNK
 
 SHARDS, MARGIN = 2, 1 << 30

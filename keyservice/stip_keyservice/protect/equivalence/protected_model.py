@@ -16,11 +16,11 @@ from typing import Literal, TypedDict
 
 import torch
 
-from stip_keyservice.protect.checkpoint import Checkpoint
+from stip_keyservice.protect.equivalence.streamed_model import BLOCK_BYTES, Observe, StreamedModel
+from stip_keyservice.protect.equivalence.weights import Alter, Weights, as_stored
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.plan import EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Output, Plan
-from stip_keyservice.protect.streamed_model import BLOCK_BYTES, Observe, StreamedModel
-from stip_keyservice.protect.weights import Alter, Weights, as_stored
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.errors import CheckpointInvalid, IntegrityError, SealedPartInvalid
 from stip_protocol.keys import vocabulary_key
 from stip_protocol.sealed import open_sealed

@@ -18,14 +18,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.commands import EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT
+from stip_keyservice.protect.commands.protect import EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT
 from stip_keyservice.protect.progress import Lines, rate_of, silent
 from stip_keyservice.protect.progress import Progress as Callback
 from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
 from stip_protocol.manifest import Manifest
 
 if TYPE_CHECKING:
-    from stip_keyservice.protect.certificate import Certificate
+    from stip_keyservice.protect.equivalence.certificate import Certificate
 
 EPILOG = """\b
 Examples:
@@ -127,7 +127,7 @@ def _verification() -> Callable[..., tuple[Manifest, Certificate]]:
     """`equivalence.verify`, with the loaded libraries' own messages and bars turned off."""
     from transformers.utils import logging
 
-    from stip_keyservice.protect.equivalence import verify
+    from stip_keyservice.protect.equivalence.verification import verify
 
     messages: Any = logging
     messages.set_verbosity_error()

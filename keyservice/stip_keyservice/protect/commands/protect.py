@@ -243,7 +243,7 @@ def _stoppable() -> Iterator[None]:
 
 def _leave(stopped: _Stopped, out: Path, as_json: bool) -> NoReturn:
     """After a signal: say what is kept."""
-    from stip_keyservice.protect.workspace import partial_of
+    from stip_keyservice.protect.storage.workspace import partial_of
 
     folder = partial_of(out)
     kept = f"; {folder} is kept: run the same command again to go on, or remove it" if folder.exists() else ""

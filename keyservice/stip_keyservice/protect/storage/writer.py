@@ -24,9 +24,9 @@ from typing import Protocol, Self
 
 import torch
 
-from stip_keyservice.protect.journal import Journal
-from stip_keyservice.protect.pipeline import ordered
 from stip_keyservice.protect.plan import Output
+from stip_keyservice.protect.storage.journal import Journal
+from stip_keyservice.protect.storage.pipeline import ordered
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.manifest import FileDigest
 from stip_protocol.tensor import ITEM_BYTES, SAFETENSORS_DTYPE

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from stip_keyservice.protect.weights import Weights
+from stip_keyservice.protect.equivalence.weights import Weights
 from stip_protocol.errors import CheckpointInvalid
 
 ENTRY, FINAL = "entry", "final norm"

@@ -42,13 +42,13 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field
 
-from stip_keyservice.protect.checkpoint import Checkpoint
-from stip_keyservice.protect.comparison import Differences, Picks, Tally, keyed
-from stip_keyservice.protect.inputs import GIVEN, RANDOM, Batch, Inputs
+from stip_keyservice.protect.equivalence.comparison import Differences, Picks, Tally, keyed
+from stip_keyservice.protect.equivalence.inputs import GIVEN, RANDOM, Batch, Inputs
+from stip_keyservice.protect.equivalence.protected_model import InstanceFiles, PlainModel, ProtectedModel
+from stip_keyservice.protect.equivalence.streamed_model import Observe
+from stip_keyservice.protect.equivalence.weights import moved_within_rounding
 from stip_keyservice.protect.plan import Plan
-from stip_keyservice.protect.protected_model import InstanceFiles, PlainModel, ProtectedModel
-from stip_keyservice.protect.streamed_model import Observe
-from stip_keyservice.protect.weights import moved_within_rounding
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.keys import HeadsKey
 

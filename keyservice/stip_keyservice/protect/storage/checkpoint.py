@@ -16,9 +16,9 @@ from typing import Any, Self
 import torch
 
 from stip_keyservice.protect.folding import TORCH_DTYPE
-from stip_keyservice.protect.headers import ITEM_BYTES, Shard, Stamp, read_header, read_json
 from stip_keyservice.protect.matching import TensorHeader
-from stip_keyservice.protect.spans import SpanCache
+from stip_keyservice.protect.storage.headers import ITEM_BYTES, Shard, Stamp, read_header, read_json
+from stip_keyservice.protect.storage.spans import SpanCache
 from stip_protocol import canonical
 from stip_protocol.errors import CheckpointInvalid
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stip_keyservice.protect.writer import PARTIAL, write_atomically
+from stip_keyservice.protect.storage.writer import PARTIAL, write_atomically
 from stip_protocol.errors import ConfigurationError
 
 PARTS = ("server", "enclave", "client")

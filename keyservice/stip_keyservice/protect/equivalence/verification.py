@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from stip_keyservice.home import Home
-from stip_keyservice.protect.certificate import LENGTH, Certificate, Certification
-from stip_keyservice.protect.checkpoint import Checkpoint
-from stip_keyservice.protect.inputs import read_ids
+from stip_keyservice.protect.equivalence.certificate import LENGTH, Certificate, Certification
+from stip_keyservice.protect.equivalence.inputs import read_ids
+from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
 from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.progress import Progress, Stages, silent
-from stip_keyservice.protect.protected_model import InstanceFiles
+from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_keyservice.service.instances import inspect
 from stip_protocol.errors import ConfigurationError, IntegrityError
 from stip_protocol.manifest import Manifest

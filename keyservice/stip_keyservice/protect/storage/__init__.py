@@ -1,0 +1,1 @@
+"""Checkpoints read and instances written: formats, streams, threads, and what a kill leaves."""
