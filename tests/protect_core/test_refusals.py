@@ -215,14 +215,18 @@ def test_a_tied_head_that_was_stored_must_agree_with_its_table(plain: Plain, pre
         protect_state(plain.config, stored, preset, ROOT, **ACCEPTED)
 
 
-def test_values_that_are_not_finite_are_refused(plain: Plain, preset: str) -> None:
-    for value in (float("nan"), float("inf")):
-        linears = expand(plain.config).linears
-        name = next(linear.weight.tensor for linear in linears if linear.name.endswith(".down"))
-        poisoned = {n: t.clone() for n, t in plain.state.items()}
-        poisoned[name][0, 0] = value
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_in_every_dtype(
+    models: Models, value: float, dtype: torch.dtype
+) -> None:
+    """Also where they would only be moved, in a row that no prompt asks for."""
+    plain = models.fixed("llama", dtype)
+    state = {name: tensor.clone() for name, tensor in plain.state.items()}
+    state["model.embed_tokens.weight"][3, 1] = value
+    for preset in ("paper", "hardened"):
         with pytest.raises(CheckpointInvalid, match="not finite"):
-            protect_state(plain.config, poisoned, preset, ROOT, **ACCEPTED)
+            protect_state(plain.config, state, preset, ROOT, **ACCEPTED)
 
 
 def test_values_that_no_longer_fit_their_dtype_are_refused(plain: Plain) -> None:

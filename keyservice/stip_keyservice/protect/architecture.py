@@ -185,6 +185,7 @@ class Architecture:
     norms: tuple[Norm, ...]
     linears: tuple[Linear, ...]
     tables: tuple[Table, ...]
+    """The token embedding first."""
     tied: Mapping[str, str]
     dropped: frozenset[str]
     entry: str
@@ -256,6 +257,10 @@ class Architecture:
             size = space.head_dim if space.layout is Layout.HEADS else space.size
             if (norm.gain is None) is (space.layout is Layout.HEADS):
                 raise ValueError(f"{norm.weight}: a norm of heads, and no other, has a gain of its own")
+            if norm.gain and (norm.kind is not NormKind.RMS or norm.bias or norm.after is not After.ROTARY):
+                raise ValueError(
+                    f"{norm.weight}: a norm of heads is an RMSNorm without a bias, before rotary positions"
+                )
             for tensor in filter(None, (norm.weight, norm.bias)):
                 yield tensor, (size,)
         for table in self.tables:

@@ -80,12 +80,15 @@ def meet(a: Group, b: Group) -> Group:
     return next(group for group in common if common <= subgroups(group))
 
 
-def caps(architecture: Architecture, *, folds: bool) -> dict[str, Group]:
-    """For each space the largest group under which the model's output stays, with norms folded or left alone."""
+def caps(architecture: Architecture, *, exact: bool) -> dict[str, Group]:
+    """For each space the largest group here under which the model's output stays.
+
+    `exact`: stored values may be moved and negated only, so no norm folds and no γ takes a factor.
+    """
     found = {name: _LAYOUT[space.layout] for name, space in architecture.spaces.items()}
     centred = {norm.weight for norm in architecture.norms if norm.kind is NormKind.LAYER}
     for norm in architecture.norms:
-        for space, group in _normalised(norm, folds):
+        for space, group in _normalised(norm, exact):
             found[space] = meet(found[space], group)
     for linear in architecture.linears:
         for space, group in _joined(linear, centred):
@@ -93,15 +96,15 @@ def caps(architecture: Architecture, *, folds: bool) -> dict[str, Group]:
     return found
 
 
-def _normalised(norm: Norm, folds: bool) -> Iterator[tuple[str, Group]]:
+def _normalised(norm: Norm, exact: bool) -> Iterator[tuple[str, Group]]:
     if norm.gain is None:
-        yield norm.space, _FOLDED[norm.kind] if folds and not norm.scales else _SCALING[norm.kind]
+        yield norm.space, _SCALING[norm.kind] if exact or norm.scales else _FOLDED[norm.kind]
         return
     # All heads share one γ, which stays diagonal: heads may differ by signs, and γ may have factors of its own.
     yield norm.space, Group.PAIR_SIGNS
     yield norm.gain.space, _AFTER[norm.after]
-    # What is stored is γ - 1 + unit: only for unit 1 is a factor exact there.
-    yield norm.gain.space, Group.MONOMIAL if folds or norm.unit == 1.0 else Group.IDENTITY
+    # What is stored is γ - 1 + unit: only for unit 1 is a sign exact there.
+    yield norm.gain.space, Group.IDENTITY if exact and norm.unit != 1.0 else Group.MONOMIAL
 
 
 def _joined(linear: Linear, centred: set[str]) -> Iterator[tuple[str, Group]]:
@@ -111,5 +114,6 @@ def _joined(linear: Linear, centred: set[str]) -> Iterator[tuple[str, Group]]:
 
 
 def _written(port: Port, after: After) -> Group:
-    """A gate takes the permutation part alone, so the activation after it leaves the other ports their diagonal."""
-    return Group.MONOMIAL if port.role is Role.PERMUTATION else _AFTER[after]
+    """A gate takes the permutation part alone, so an activation after it leaves the other ports their diagonal."""
+    gated = port.role is Role.PERMUTATION and Group.PERMUTATION in subgroups(_AFTER[after])
+    return Group.MONOMIAL if gated else _AFTER[after]

@@ -47,7 +47,7 @@ _DRAW: dict[Group, Callable[[KeyStream, int], Key]] = {
 
 def groups_of(architecture: Architecture, preset: Preset) -> dict[str, Group]:
     """The group that the key of each space is drawn from. A vocabulary that no server sees is public."""
-    chosen = {name: preset.choose(cap) for name, cap in caps(architecture, folds=preset.folds).items()}
+    chosen = {name: preset.choose(cap) for name, cap in caps(architecture, exact=preset.exact).items()}
     if not preset.head_on_server:
         chosen[architecture.vocabulary_space] = Group.IDENTITY
     return chosen

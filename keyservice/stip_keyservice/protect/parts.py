@@ -79,10 +79,14 @@ def enclave_files(planned: Plan, source: Checkpoint, secrets: InstanceSecrets) -
 
 
 def in_file_order(outputs: Sequence[Output], planned: Plan, source: Checkpoint) -> list[Output]:
-    """Outputs as the files of what they are made of lie, so that a disk is read once from front to back."""
+    """Outputs as the source's tensors of the same names lie, so that a disk is read about once from front to back.
 
-    def place(output: Output) -> tuple[int, int]:
-        return next(map(source.place, planned.sources(output)), (-1, 0))
+    Never as what they are made of lies: where experts have changed names, that order would be the key's.
+    """
+
+    def place(output: Output) -> tuple[int, int, int]:
+        namesake = planned.namesake(output)
+        return (*source.place(namesake.name), namesake.start) if namesake else (-1, 0, 0)
 
     return sorted(outputs, key=place)
 

@@ -108,6 +108,11 @@ class Plan:
             raise ValueError(f"rows {rows} of {output.shape[0]}")
         return stored(self._recipes[output].rows(source, start, stop), output.dtype, output.name)
 
+    def namesake(self, output: Output) -> Stored | None:
+        """Where the plain tensor of that name lies; None for the enclave's, which have names of their own."""
+        name = output.name
+        return self.stored.get(name) or self.stored.get(self.architecture.prefix + name)
+
     def sources(self, output: Output) -> tuple[str, ...]:
         """Stored names of the tensors that `output` is computed from; empty for constants."""
         return self._recipes[output].sources
@@ -176,7 +181,7 @@ class _Builder:
         self._linears(names)
         self._head()
         return Plan(
-            server=tuple(self._server),
+            server=self._in_order(self._server),
             enclave=tuple(self._enclave),
             config=dict(architecture.config)
             | {
@@ -202,6 +207,11 @@ class _Builder:
             incidences=tuple(self._incidences),
             _recipes=self._server | self._enclave,
         )
+
+    def _in_order(self, outputs: Collection[Output]) -> tuple[Output, ...]:
+        """As the architecture names tensors: an order that no key has a part in."""
+        places = {self._server_name(name): place for place, name in enumerate(self._architecture.tensors)}
+        return tuple(sorted(outputs, key=lambda output: places[output.name]))
 
     @property
     def _server_rows(self) -> int:

@@ -18,8 +18,8 @@ class Preset:
 
     name: str
     asks: tuple[Group, ...]
-    folds: bool
-    """Whether γ and β may be folded into the next matrices, for a key that they could not move along with."""
+    exact: bool
+    """Whether stored values are moved and negated only: no norm folds, no scale, nothing is rounded."""
     head_on_server: bool
     table_on_server: bool
     """Whether the server holds the keyed embedding too, and decodes alone over permuted ids."""
@@ -53,14 +53,14 @@ _LARGEST = (
 PAPER = Preset(
     "paper",
     (Group.PERMUTATION, Group.PAIR_SIGNS),
-    folds=False,
+    exact=True,
     head_on_server=True,
     table_on_server=False,
 )
 """Permutations, as published (arXiv 2312.00025, §5.1), with its formulas for heads and SwiGLU mended; bit-exact."""
-HARDENED = Preset("hardened", _LARGEST, folds=True, head_on_server=False, table_on_server=False)
+HARDENED = Preset("hardened", _LARGEST, exact=False, head_on_server=False, table_on_server=False)
 """The largest keys, head and sampling in the enclave."""
-THROUGHPUT = Preset("throughput", _LARGEST, folds=True, head_on_server=True, table_on_server=True)
+THROUGHPUT = Preset("throughput", _LARGEST, exact=False, head_on_server=True, table_on_server=True)
 """The largest keys and everything on the server: one round trip an answer, for a substitution cipher over ids."""
 PRESETS = {preset.name: preset for preset in (PAPER, HARDENED, THROUGHPUT)}
 

@@ -34,7 +34,8 @@ def expand(config: Mapping[str, Any]) -> Architecture:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ArchitectureUnsupported.because("config.model_type", repr(family)[:80], ", ".join(FAMILIES))
+        inner = " (protect the text model alone, with text_config as its config.json)" * ("text_config" in config)
+        raise ArchitectureUnsupported.because("config.model_type", repr(family)[:80], ", ".join(FAMILIES) + inner)
     if config.get("quantization_config") is not None:
         raise ArchitectureUnsupported.because(
             "config.quantization_config", "a quantised checkpoint", "unquantised weights: protect first, quantise after"

@@ -48,7 +48,9 @@ class Fields(BaseModel):
         try:
             return cls.model_validate(dict(config))
         except ValidationError as error:
-            raise CheckpointInvalid(f"config.{explain(error)}") from None
+            # Several fields that do not fit each other have no place of their own, and are named in the reason.
+            where = "config." if error.errors()[0]["loc"] else "config: "
+            raise CheckpointInvalid(where + explain(error).removeprefix("document: Value error, ")) from None
 
     def kept(self) -> dict[str, Any]:
         """The fields as a server's configuration holds them: those that were stated, as they were stated.
@@ -58,7 +60,7 @@ class Fields(BaseModel):
         return self.model_dump(exclude_unset=True, by_alias=True)
 
 
-RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "su", "llama3"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 
 
 class Rope(Fields):
@@ -70,7 +72,7 @@ class Rope(Fields):
     type: RopeType | None = None
     rope_theta: float | None = None
     factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     attention_factor: float | None = None
@@ -81,6 +83,8 @@ class Rope(Fields):
     short_factor: list[float] | None = None
     long_factor: list[float] | None = None
     truncate: bool | None = None
+    finetuned: bool | None = None
+    """Of YaRN's first checkpoints; transformers does not read it."""
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
 
 

@@ -51,8 +51,8 @@ class GPTNeoXFields(Fields):
     @property
     def heads(self) -> Heads:
         width = self.hidden_size // self.num_attention_heads
-        stated = self.rope_scaling or self.rope_parameters
-        factor = (stated.partial_rotary_factor if stated else None) or self.rotary_pct or _ROTARY_FACTOR
+        inner = (rope.partial_rotary_factor for rope in (self.rope_scaling, self.rope_parameters) if rope)
+        factor = next(filter(None, (*inner, self.rotary_pct)), _ROTARY_FACTOR)
         return Heads(self.num_attention_heads, self.num_attention_heads, width, int(width * factor))
 
 

@@ -29,9 +29,7 @@ class Phi3Fields(rotary.RotaryFields):
 
     @property
     def rotary_factor(self) -> float:
-        stated = self.rope_scaling or self.rope_parameters
-        inner = stated.partial_rotary_factor if stated else None
-        return inner or self.partial_rotary_factor or 1.0
+        return next(filter(None, (*self._partial(), self.partial_rotary_factor)), 1.0)
 
 
 def expand(config: Mapping[str, Any]) -> Architecture:
