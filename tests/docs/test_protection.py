@@ -42,9 +42,12 @@ COLUMNS = {
     "values": "layers.0.value_output",
     "feed-forward": "layers.0.feed_forward",
     "each expert": "layers.0.experts.0.feed_forward",
+    "shared expert": "layers.0.shared_expert.feed_forward",
     "experts": "layers.0.experts",
     "vocabulary": "vocabulary",
 }
+PUBLIC = {"positions", "layers.0.shared_expert.gate"}
+"""Spaces without a key in any preset."""
 
 
 def architecture_of(variant: str) -> Architecture:
@@ -86,6 +89,17 @@ def test_the_page_shows_the_groups_that_are_drawn() -> None:
     shown = re.search(r"<!-- groups -->\n(.*?)\n<!-- /groups -->", PAGE.read_text(), re.DOTALL)
     assert shown is not None
     assert shown.group(1) == table()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_table_has_a_column_for_every_space(variant: str) -> None:
+    shown = {*COLUMNS.values(), *PUBLIC}
+    others = {f"layers.0.experts.{expert}.feed_forward" for expert in range(1, 1 << 10)}
+    architecture = architecture_of(variant)
+    assert architecture.spaces.keys() <= shown | others
+    for preset in PRESETS.values():
+        groups = groups_of(architecture, preset)
+        assert all(groups[space] is Group.IDENTITY for space in PUBLIC & groups.keys())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
