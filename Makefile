@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test test-long lint bench bench-accuracy proto clean
+.PHONY: help setup demo test test-long lint bench bench-accuracy bench-protect proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -50,6 +50,9 @@ bench: $(VENV)/.ready ## time per token and time to first token against plain, a
 
 bench-accuracy: $(VENV)/.ready ## top-1 agreement and differences over 10,000 samples a family; writes docs/benchmarks/
 	$(BIN)/python -m benchmarks.accuracy
+
+bench-protect: $(VENV)/.ready ## protect a LLaMA2-7B-shaped checkpoint (30 GB of disk, half an hour) against copying it
+	$(BIN)/python -m benchmarks.protect
 
 proto: $(VENV)/.ready ## generate protocol/stip_protocol/wire from its .proto files
 	$(BIN)/python protocol/generate.py

@@ -23,7 +23,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
-              help="A local Hugging Face directory of GPT-2 or Llama architecture, with safetensors.")  # fmt: skip
+              help="A local Hugging Face directory of a supported family, with safetensors.")  # fmt: skip
 @click.option("--preset", type=click.Choice(["paper", "hardened"]), default="hardened", show_default=True)
 @click.option("--prompt", help="What to continue. A model without a tokenizer gets made-up ids instead.")
 @click.option("--max-tokens", type=click.IntRange(1, 4096), default=48, show_default=True)
