@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -57,8 +58,11 @@ def run(model: torch.nn.Module, **inputs: torch.Tensor) -> Any:
 
 
 def parse(config: Mapping[str, Any]) -> PretrainedConfig:
-    """transformers' form of a configuration. Its grouped products of experts have no float64."""
-    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    """transformers' form of a configuration; it writes into what it reads, hence the copy.
+
+    Its grouped products of experts have no float64.
+    """
+    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
     parsed._experts_implementation = "eager"
     return parsed
 

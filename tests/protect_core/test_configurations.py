@@ -12,45 +12,10 @@ import pytest
 from pydantic.fields import FieldInfo
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+from stip_keyservice.protect.configuration import INERT
 from stip_keyservice.protect.families import FAMILIES
 from stip_keyservice.protect.families.fields import Fields
 
-_TRAINING = {
-    "attention_dropout",
-    "attn_pdrop",
-    "classifier_dropout",
-    "dropout",
-    "embd_pdrop",
-    "hidden_dropout",
-    "initializer_range",
-    "init_std",
-    "layerdrop",
-    "pretraining_tp",  # how a training was spread; the class does not read it
-    "resid_pdrop",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
-}
-_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-"""What to generate until; in an embedding, which row gets no gradient."""
-_OUTPUTS = {"output_hidden_states", "output_router_logits", "return_dict", "use_cache"}
-_NAMES = {"architectures", "id2label", "label2id", "problem_type", "transformers_version"}
-_OTHER_HEADS = {
-    "num_labels",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_last_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-}
-_UNREAD = {
-    "chunk_size_feed_forward",  # the same values, in pieces
-    "dtype",  # that of the tensors is stated instead
-    "is_decoder",  # a warning
-    "is_encoder_decoder",
-}
-NEUTRAL = _TRAINING | _IDS | _OUTPUTS | _NAMES | _OTHER_HEADS | _UNREAD
-"""Fields that cannot change what an evaluation computes."""
 ELSEWHERE = {
     "_attn_implementation",  # how, not what
     "get_text_config",
@@ -82,7 +47,7 @@ def known(family: str) -> dict[str, FieldInfo]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_the_class_is_known_or_cannot_matter(family: str) -> None:
     stated = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])}
-    assert stated - known(family).keys() - NEUTRAL == set()
+    assert stated - known(family).keys() - INERT == set()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +58,7 @@ def test_everything_that_the_class_reads_is_known_or_cannot_matter(family: str) 
     read = set(re.findall(r"config\.(\w+)", source)) | set(re.findall(r"getattr\((?:self\.)?config, \"(\w+)\"", source))
     assert read > {"vocab_size"}
     own = {config.attribute_map.get(name, name) for name in read}
-    assert own - known(family).keys() - NEUTRAL - ELSEWHERE == set()
+    assert own - known(family).keys() - INERT - ELSEWHERE == set()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,5 +74,5 @@ def test_a_field_that_is_left_out_means_what_the_class_takes_it_for(family: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_field_is_both_known_and_neutral(family: str) -> None:
-    assert not known(family).keys() & NEUTRAL
+def test_no_field_is_both_known_and_inert(family: str) -> None:
+    assert not known(family).keys() & INERT
