@@ -34,7 +34,9 @@ def test_a_tally_is_the_figures_of_all_rows(shape: tuple[int, int, int], cut: in
     assert figures.largest == difference.max().item()
     assert figures.mean == pytest.approx(difference.mean().item())
     assert figures.rms == pytest.approx(difference.square().mean().sqrt().item())
-    assert figures.spread == pytest.approx(reference.double().std(dim=1).mean().item())
+    assert figures.worst_row_rms == pytest.approx(difference.square().mean(1).sqrt().max().item())
+    assert figures.worst_column_rms == pytest.approx(difference.square().mean(0).sqrt().max().item())
+    assert figures.spread == pytest.approx(reference.double().std(dim=1, correction=0).mean().item())
     assert figures.relative_rms == pytest.approx(figures.rms / figures.spread)
 
 
@@ -46,6 +48,20 @@ def test_large_tallies_are_added_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     blocks.add(reference, found)
     assert blocks.figures().model_dump() == pytest.approx(whole.figures().model_dump())
     assert blocks.rows == 9
+
+
+def test_one_value_has_no_spread_and_is_compared() -> None:
+    tally = Tally()
+    tally.add(torch.tensor([[2.0], [3.0]]), torch.tensor([[2.0], [3.5]]))
+    figures = tally.figures()
+    assert figures.spread == 0.0
+    assert figures.relative_largest == 0.5
+
+
+def test_nothing_compared_is_no_agreement() -> None:
+    picks = Picks()
+    assert math.isnan(picks.tally.figures().rms)
+    assert picks.top1 == 0.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 from stip_keyservice.protect.architecture import Architecture
 from stip_keyservice.protect.folding import TORCH_DTYPE, Stored
@@ -76,13 +75,27 @@ def _rows(architecture: Architecture, members: tuple[str, ...]) -> Iterator[tupl
 def _require_shape(
     header: TensorHeader, shape: tuple[int, ...], architecture: Architecture, members: tuple[str, ...]
 ) -> None:
-    """A stack has as many axes as its writer liked: its rows are all but the last."""
-    got = header.shape
-    if not shape:
-        shape = (sum(architecture.tensors[name][0] for name in members), *architecture.tensors[members[0]][1:])
-        got = (math.prod(got[:-1]), got[-1]) if len(got) > 1 else got
-    if got != shape:
-        raise CheckpointInvalid.because(f"{header.name} shape", list(header.shape), list(shape))
+    """A stack is a matrix of all rows, or of three axes where it holds experts: one for each, its rows, a row.
+
+    Other axes of the same size would be read too, as rows of other experts.
+    """
+    allowed = [shape]
+    if members and not shape:
+        rows = sum(architecture.tensors[name][0] for name in members)
+        row = architecture.tensors[members[0]][1:]
+        allowed = [
+            (count, rows // count, *row)
+            for experts in architecture.experts
+            if members[0] in chain.from_iterable(experts.members)
+            for count in (len(experts.members),)
+        ]
+        allowed.append((rows, *row))
+    if header.shape not in allowed:
+        raise CheckpointInvalid.because(f"{header.name} shape", list(header.shape), _either(allowed))
+
+
+def _either(shapes: list[tuple[int, ...]]) -> str:
+    return " or ".join(str(list(shape)) for shape in shapes)
 
 
 def _dtype(headers: list[TensorHeader]) -> str:

@@ -1,7 +1,8 @@
 """Differences between two lists of vectors, gathered batch by batch: hidden states in keyed coordinates, logits.
 
 Everything is summed in float64. `spread` is the standard deviation of the reference's values in a row (a
-position's hidden state, or its logits), averaged over rows: what differences are relative to.
+position's hidden state, or its logits), averaged over rows: what differences are relative to. One row or one column
+that is wrong among many right ones hardly shows in figures of all: the worst of each is told too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stip_protocol.keys import Key
 
-BLOCK_VALUES = 1 << 23
+BLOCK_VALUES = 1 << 20
 """Values that are compared at once."""
 
 
@@ -27,6 +28,10 @@ class Differences(BaseModel):
     mean: float
     rms: float
     spread: float
+    worst_row_rms: float
+    """Root mean square of the row that differs most: of one position."""
+    worst_column_rms: float
+    """The same of a column: of one id, over all positions."""
 
     @property
     def relative_largest(self) -> float:
@@ -43,6 +48,16 @@ class Differences(BaseModel):
         """Over the spread."""
         return self.rms / (self.spread or 1.0)
 
+    @property
+    def relative_worst_row(self) -> float:
+        """Over the spread."""
+        return self.worst_row_rms / (self.spread or 1.0)
+
+    @property
+    def relative_worst_column(self) -> float:
+        """Over the spread."""
+        return self.worst_column_rms / (self.spread or 1.0)
+
 
 @dataclass
 class Tally:
@@ -54,20 +69,27 @@ class Tally:
     total: float = 0.0
     squares: float = 0.0
     spread: float = 0.0
+    worst_row: float = 0.0
+    """Mean square of the row that differs most."""
+    columns: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    """[width] sums of squares, or [1] before there is a row."""
 
     def add(self, reference: torch.Tensor, found: torch.Tensor) -> None:
         """Both [n, width]."""
         step = max(1, BLOCK_VALUES // reference.shape[1])
         for start in range(0, len(reference), step):
             expected = reference[start : start + step].double()
-            difference = (expected - found[start : start + step].double()).abs()
-            total = difference.sum().item()
-            self.largest = max(self.largest, difference.max().item()) if math.isfinite(total) else math.nan
+            difference = expected.sub(found[start : start + step]).abs_()
+            total, largest = difference.sum().item(), difference.max().item()
+            self.largest = max(self.largest, largest) if math.isfinite(total) else math.nan
             self.total += total
-            self.squares += difference.square().sum().item()
-            self.spread += expected.std(dim=1).sum().item()
+            squares = difference.square_()
+            self.squares += squares.sum().item()
+            self.worst_row = max(self.worst_row, squares.mean(dim=1).max().item())
+            self.columns = self.columns + squares.sum(dim=0)
+            self.spread += expected.std(dim=1, correction=0).sum().item()
             self.rows += len(expected)
-            self.values += difference.numel()
+            self.values += squares.numel()
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -77,15 +99,25 @@ class Tally:
             total=self.total + other.total,
             squares=self.squares + other.squares,
             spread=self.spread + other.spread,
+            worst_row=max(self.worst_row, other.worst_row),
+            columns=self.columns + other.columns,
         )
 
     @property
     def rms(self) -> float:
-        return math.sqrt(self.squares / self.values)
+        """NaN where there is no row."""
+        return math.sqrt(self.squares / self.values) if self.values else math.nan
 
     def figures(self) -> Differences:
+        """NaN where there is no row: nothing was compared."""
+        rows = self.rows or math.nan
         return Differences(
-            largest=self.largest, mean=self.total / self.values, rms=self.rms, spread=self.spread / self.rows
+            largest=self.largest if self.rows else math.nan,
+            mean=self.total / self.values if self.values else math.nan,
+            rms=self.rms,
+            spread=self.spread / rows,
+            worst_row_rms=math.sqrt(self.worst_row),
+            worst_column_rms=math.sqrt(self.columns.max().item() / rows),
         )
 
 
@@ -110,12 +142,12 @@ class Picks:
 
     @property
     def top1(self) -> float:
-        """Share of positions where both pick the same id."""
-        return self.same / self.tally.rows
+        """Share of positions where both pick the same id; 0 of none."""
+        return self.same / self.tally.rows if self.tally.rows else 0.0
 
     def top1_with_ties(self, width: float) -> float:
         """The same, where a gap of at most `width` counts as agreement."""
-        return int((torch.cat(self.gaps) <= width).sum()) / self.tally.rows
+        return int((torch.cat(self.gaps) <= width).sum()) / self.tally.rows if self.tally.rows else 0.0
 
 
 def keyed(key: Key, rows: torch.Tensor) -> torch.Tensor:
