@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stip_protocol.documents import explain
+from stip_protocol.durable import write_atomically
 from stip_protocol.errors import ManifestMismatch, SignatureInvalid, VersionUnsupported
 from stip_protocol.lease import Epoch, InstanceId
 from stip_protocol.versions import MANIFEST_VERSION
@@ -47,6 +48,11 @@ class FileDigest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     sha256: Hex32
     size: Annotated[int, Field(ge=0)]
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """Digest of what a file is written from."""
+        return cls(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
 class _SignedJson(BaseModel):
@@ -80,10 +86,10 @@ class _SignedJson(BaseModel):
         return manifest
 
     def write(self, path: Path, key: Ed25519PrivateKey) -> bytes:
-        """Write manifest and signature; returns the SHA-256 of the manifest's bytes."""
+        """Write manifest and signature, each whole or not at all; returns the SHA-256 of the manifest's bytes."""
         data = self.to_json()
-        path.write_bytes(data)
-        path.with_name(path.name + ".sig").write_bytes(key.sign(self._context() + data))
+        write_atomically(path, data)
+        write_atomically(path.with_name(path.name + ".sig"), key.sign(self._context() + data))
         return hashlib.sha256(data).digest()
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,43 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, body: int
     with pytest.raises(CheckpointInvalid, match=says) as caught:
         read_header(tmp_path / WEIGHTS)
     assert WEIGHTS in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "shape", [[1] * 9, [10**4000] * 10_000, [(1 << 48) + 1]], ids=["axes", "thousands of digits", "one too large"]
+)
+def test_a_shape_whose_product_would_take_for_ever_is_refused(tmp_path: Path, shape: list[int]) -> None:
+    raw_file(tmp_path / WEIGHTS, {"a": entry(0, 4, shape=shape)}, bytes(4))
+    with pytest.raises(CheckpointInvalid, match=f"at most 8 and two natural numbers up to {1 << 48}") as caught:
+        read_header(tmp_path / WEIGHTS)
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", WEIGHTS, INDEX])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    whole(tmp_path)
+    if name in (WEIGHTS, INDEX):
+        (tmp_path / WEIGHTS).unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointInvalid, match=rf"{name}: got no regular file"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_source_of_links_is_read(tmp_path: Path) -> None:
+    """As the cache of a hub lays models out."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    for path in whole(tmp_path / "blobs").iterdir():
+        (tmp_path / "model" / path.name).symlink_to(path)
+    assert torch.equal(Checkpoint.open(tmp_path / "model").rows("a", 0, 4), TENSORS["a"])
+
+
+def test_the_fingerprint_is_of_the_configuration_that_was_read(tmp_path: Path) -> None:
+    before = Checkpoint.open(whole(tmp_path))
+    fingerprint = before.fingerprint
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert before.fingerprint == fingerprint != Checkpoint.open(tmp_path).fingerprint
 
 
 @pytest.mark.parametrize("length", [HEADER_LIMIT + 1, 2**63, 2**64 - 1])

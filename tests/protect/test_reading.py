@@ -141,6 +141,14 @@ def test_spans_are_kept_by_bytes_and_the_oldest_go_first() -> None:
     assert read == ["a", "b", "c", "larger than all", "a"]
 
 
+def test_spans_are_let_go_when_no_tensor_needs_them_any_more(tmp_path: Path) -> None:
+    checkpoint = stored(tmp_path)
+    first = checkpoint.span("matrix", 0, 7)
+    assert checkpoint.span("matrix", 0, 7) is first
+    checkpoint.let_go()
+    assert checkpoint.span("matrix", 0, 7) is not first
+
+
 def test_what_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
     """Row by row through 96 MB, in a process of its own: its peak memory grows by a block, not by the file."""
     (tmp_path / "config.json").write_text("{}")

@@ -109,7 +109,7 @@ def require_whole(job: Job, folder: Path) -> InstanceSecrets:
 def finish(job: Job, folder: Path) -> None:
     """After a kill: the same call ends well, with the root that was noted, unless the instance was whole already."""
     before = noted(job)
-    if not job.out.exists():
+    if not job.out.exists() or (job.out / "resume").exists():
         assert run(job)[0] == 0
     secrets = require_whole(job, folder)
     assert before is None or (before.instance, before.root) == (secrets.instance, secrets.root)

@@ -177,6 +177,8 @@ def test_a_damaged_record_is_refused(tmp_path_factory: pytest.TempPathFactory, d
     )
     inputs = Inputs(
         model="cd" * 32,
+        out="/out",
+        folder=1,
         preset="paper",
         epoch=0,
         seal_to="ef" * 32,

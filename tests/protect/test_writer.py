@@ -20,7 +20,7 @@ from stip_keyservice.protect.storage import writer
 from stip_keyservice.protect.storage.checkpoint import INDEX, WEIGHTS, Checkpoint
 from stip_keyservice.protect.storage.journal import Journal
 from stip_keyservice.protect.storage.pipeline import AHEAD, ordered
-from stip_keyservice.protect.storage.writer import TensorFile, checkpoint_files, output_bytes, write_files, write_index
+from stip_keyservice.protect.storage.writer import TensorFile, checkpoint_files, index_of, output_bytes, write_files
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.manifest import file_digest
 
@@ -61,7 +61,8 @@ def written(
     (folder / "server").mkdir(exist_ok=True)
     files = checkpoint_files("server", OUTPUTS, shard_bytes)
     write_files(folder, files, compute, workers=workers, journal=journal_of(folder), advance=advance)
-    write_index(folder / "server" / INDEX, files)
+    if index := index_of(files):
+        (folder / "server" / INDEX).write_bytes(index)
     return files
 
 

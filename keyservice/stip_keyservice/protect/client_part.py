@@ -7,15 +7,16 @@ client reads them, the key service and the server do not.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from stip_keyservice.protect.storage.checkpoint import GENERATION_CONFIG, Checkpoint
+from stip_keyservice.protect.storage.headers import opened
+from stip_keyservice.protect.storage.writer import DigestedFile, write_document
 from stip_protocol.errors import CheckpointInvalid
-from stip_protocol.manifest import ClientManifest, file_digest
+from stip_protocol.manifest import ClientManifest, FileDigest
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,6 +34,8 @@ TOKENIZER_FILES = (
 """Names under which Hugging Face stores tokenizers and chat templates."""
 GENERATION_DEFAULTS = ("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens")
 """Fields of generation_config.json that a client may take as defaults of its sampling."""
+COPY_BYTES = 1 << 20
+"""Bytes of a tokenizer's file that are held at a time."""
 
 
 def write_client_part(
@@ -50,23 +53,35 @@ def write_client_part(
     A model without a tokenizer gives a part without one: its users bring token ids.
     """
     stop_ids = stop_ids_of(source, vocabulary)
-    for name in TOKENIZER_FILES:
-        if (source.directory / name).is_file():
-            shutil.copyfile(source.directory / name, folder / name)
+    present = [name for name in TOKENIZER_FILES if (source.directory / name).is_file()]
+    files = {name: _copied(source.directory / name, folder / name) for name in present}
     defaults = {
         name: source.generation_config[name] for name in GENERATION_DEFAULTS if name in source.generation_config
     }
-    (folder / GENERATION_CONFIG).write_text(json.dumps(defaults, indent=2) + "\n")
+    stored = (json.dumps(defaults, indent=2) + "\n").encode()
+    files[GENERATION_CONFIG] = write_document(folder / GENERATION_CONFIG, stored)
     manifest = ClientManifest(
         instance=instance,
         epoch=epoch,
         vocabulary=vocabulary,
         max_positions=max_positions,
         stop_ids=stop_ids,
-        files={path.name: file_digest(path) for path in sorted(folder.iterdir())},
+        files=dict(sorted(files.items())),
     )
     manifest.write(folder / "manifest.json", developer)
     return manifest
+
+
+def _copied(source: Path, path: Path) -> FileDigest:
+    """Copy one file; gives the digest of what was written. Raises `CheckpointInvalid`."""
+    copy = DigestedFile(path)
+    try:
+        with opened(source) as file:
+            while data := file.read(COPY_BYTES):
+                copy.write(data)
+        return copy.keep()
+    finally:
+        copy.close()
 
 
 def stop_ids_of(source: Checkpoint, vocabulary: int) -> tuple[int, ...]:

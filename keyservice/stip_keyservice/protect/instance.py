@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +18,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from stip_keyservice.protect.client_part import stop_ids_of, write_client_part
+from stip_keyservice.protect.configuration import require_same_meaning
 from stip_keyservice.protect.equivalence.certificate import SAMPLES_LIMIT, Certificate, Certification
 from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
-from stip_keyservice.protect.parts import write_parts
+from stip_keyservice.protect.parts import Digests, write_parts
 from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.presets import preset as preset_named
 from stip_keyservice.protect.progress import Progress, Stages, StageTime, silent
 from stip_keyservice.protect.storage.checkpoint import Checkpoint
-from stip_keyservice.protect.storage.journal import Journal
 from stip_keyservice.protect.storage.pipeline import WORKERS_LIMIT
 from stip_keyservice.protect.storage.resume import Inputs, Record
-from stip_keyservice.protect.storage.workspace import Workspace, claimed
-from stip_keyservice.protect.storage.writer import SHARD_BYTES, write_atomically
-from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
-from stip_protocol.manifest import FileDigest, Manifest, Preset, file_digest
+from stip_keyservice.protect.storage.workspace import DOCUMENTS, SIGNATURE, Workspace, claimed
+from stip_keyservice.protect.storage.writer import SHARD_BYTES, write_document
+from stip_protocol.durable import write_atomically
+from stip_protocol.errors import ConfigurationError, IntegrityError, ManifestMismatch, StipError
+from stip_protocol.manifest import Manifest, Preset
 from stip_protocol.secrets_file import InstanceSecrets, grant_of, seal_secrets
 
 
@@ -67,9 +70,10 @@ def protect(
     the instance is unfinished to `restart_key`, the home's own (None: a key that nobody has, so that nobody can go
     on). `workers` threads compute, by default one for each core, as far as the promised memory goes.
 
-    Raises `ConfigurationError` (bad input) and `IntegrityError` where the protected instance does not compute what
-    its source computes; then nothing is left behind. Whatever else ends the call, an interruption or a full disk,
-    leaves `OUT.partial`, and the same call goes on with it; one that asks for something else is refused.
+    Raises `ConfigurationError` (bad input, a disk that is full or fails) and `IntegrityError` where the protected
+    instance does not compute what its source computes. A call that ends before any of its files is finished leaves
+    nothing behind; one that ends later, and an interruption at any time, leaves `OUT.partial`. The same call goes on
+    with that; one that asks for something else is refused.
     """
     if not 1 <= samples <= SAMPLES_LIMIT:
         raise ConfigurationError.because("samples", samples, f"1 to {SAMPLES_LIMIT}")
@@ -77,34 +81,44 @@ def protect(
         raise ConfigurationError.because("workers", workers, f"1 to {WORKERS_LIMIT}")
     preset_named(preset)
     source = Checkpoint.open(model)
-    inputs = Inputs(
-        model=source.fingerprint,
-        preset=preset,
-        epoch=epoch,
-        seal_to=seal_to.public_bytes_raw().hex(),
-        accept_tied_head=accept_tied_head,
-        accept_token_cipher=accept_token_cipher,
-        shard_bytes=shard_bytes,
-    )
-    with claimed(out) as workspace:
+    stages = Stages(progress)
+    with claimed(out) as workspace, _kept(workspace, out):
+        inputs = Inputs(
+            model=source.fingerprint,
+            out=str(out.absolute()),
+            folder=workspace.number,
+            preset=preset,
+            epoch=epoch,
+            seal_to=seal_to.public_bytes_raw().hex(),
+            accept_tied_head=accept_tied_head,
+            accept_token_cipher=accept_token_cipher,
+            shard_bytes=shard_bytes,
+        )
         identity = _identity(workspace, inputs, developer, restart_key or X25519PrivateKey.generate())
-        stages = Stages(progress)
-        try:
-            planned = _planned(source, inputs, identity, stages)
-            journal = write_parts(
-                workspace, source, planned, identity, stages, workers=workers, shard_bytes=shard_bytes
-            )
-            result = _Documents(workspace.folder, source, planned, identity, stages).write(
-                journal, developer, seal_to, samples, out
-            )
-            workspace.publish()
-        except StipError:
-            workspace.remove()
-            raise
-        except OSError as error:
-            kept = f"{workspace.folder} is kept: run the same command again to go on, or remove it"
-            raise ConfigurationError(f"out {out}: {error.strerror}; {kept}", field="out") from error
+        if workspace.published:
+            return _published(workspace, out, developer)
+        planned = _planned(source, inputs, identity, stages)
+        digests = write_parts(workspace, source, planned, identity, stages, workers=workers, shard_bytes=shard_bytes)
+        result = _Documents(workspace, source, planned, identity, stages).write(
+            digests, developer, seal_to, samples, out
+        )
+        workspace.publish()
     return result
+
+
+@contextmanager
+def _kept(workspace: Workspace, out: Path) -> Iterator[None]:
+    """Where a run ends early, keep what another one can go on with, and say so."""
+    try:
+        yield
+    except (StipError, OSError) as error:
+        kept = f"{workspace.folder} is kept: run the same command again to go on, or remove it"
+        ended = f"out {out}: {error.strerror}" if isinstance(error, OSError) else error.message
+        if not workspace.abandon() and str(workspace.folder) not in ended:
+            ended = f"{ended}; {kept}"
+        if isinstance(error, OSError):
+            raise ConfigurationError(ended, field="out") from error
+        raise type(error)(ended, field=error.field) from error
 
 
 def _identity(
@@ -126,6 +140,16 @@ def _identity(
     return drawn
 
 
+def _published(workspace: Workspace, out: Path, developer: Ed25519PrivateKey) -> Protected:
+    """What an earlier run published and then did not live to report. Raises `IntegrityError` where it was changed."""
+    manifest, digest = Manifest.load(out / "manifest.json", developer.public_key())
+    stored = (out / "certificate.json").read_bytes()
+    if hashlib.sha256(stored).hexdigest() != manifest.certificate["sha256"]:
+        raise ManifestMismatch.because("certificate.json sha256", "another digest", "the one of the signed manifest")
+    workspace.tidy()
+    return Protected(out, manifest, digest, Certificate.model_validate_json(stored), {})
+
+
 def _planned(source: Checkpoint, inputs: Inputs, identity: InstanceSecrets, stages: Stages) -> Plan:
     """The plan under the identity's keys. Raises `ConfigurationError`."""
     with stages.stage("keys", 1) as advance:
@@ -137,6 +161,7 @@ def _planned(source: Checkpoint, inputs: Inputs, identity: InstanceSecrets, stag
             accept_tied_head=inputs.accept_tied_head,
             accept_token_cipher=inputs.accept_token_cipher,
         )
+        require_same_meaning(source.config, planned)
         advance(1)
     stop_ids_of(source, planned.vocabulary)
     return planned
@@ -146,19 +171,25 @@ class _Documents:
     """What lies around the parts: client part, certificate, signed manifest, sealed secrets."""
 
     def __init__(
-        self, folder: Path, source: Checkpoint, planned: Plan, identity: InstanceSecrets, stages: Stages
+        self, workspace: Workspace, source: Checkpoint, planned: Plan, identity: InstanceSecrets, stages: Stages
     ) -> None:
-        self._folder = folder
+        self._workspace = workspace
+        self._folder = workspace.folder
         self._source = source
         self._plan = planned
         self._secrets = identity  # bound to the manifest once there is one
         self._stages = stages
 
     def write(
-        self, journal: Journal, developer: Ed25519PrivateKey, seal_to: X25519PublicKey, samples: int, out: Path
+        self,
+        digests: dict[str, Digests],
+        developer: Ed25519PrivateKey,
+        seal_to: X25519PublicKey,
+        samples: int,
+        out: Path,
     ) -> Protected:
         planned, identity = self._plan, self._secrets
-        write_client_part(
+        client = write_client_part(
             self._folder / "client",
             self._source,
             developer,
@@ -169,7 +200,7 @@ class _Documents:
         )
         certificate = self._certify(samples)
         stored = (certificate.model_dump_json(indent=2) + "\n").encode()
-        write_atomically(self._folder / "certificate.json", stored)
+        digest_of_certificate = write_document(self._folder / "certificate.json", stored)
         manifest = Manifest(
             instance=identity.instance,
             epoch=identity.epoch,
@@ -180,13 +211,18 @@ class _Documents:
             max_positions=planned.max_positions,
             output=planned.output,
             logit_cap=planned.logit_cap,
-            server=self._digests("server", journal),
-            enclave=self._digests("enclave", journal),
-            certificate=certificate.summary() | {"sha256": hashlib.sha256(stored).hexdigest()},
+            server=dict(sorted(digests["server"].items())),
+            enclave=dict(sorted(digests["enclave"].items())),
+            certificate=certificate.summary() | {"sha256": digest_of_certificate.sha256},
         )
         digest = manifest.write(self._folder / "manifest.json", developer)
         bound = identity.model_copy(update={"manifest_digest": digest})
         write_atomically(self._folder / "secrets.sealed", seal_secrets(bound, seal_to))
+        files = {
+            *(f"{part}/{name}" for part, names in digests.items() for name in names),
+            *(f"client/{name}" for name in (*client.files, "manifest.json", SIGNATURE)),
+        }
+        self._workspace.require_only({*files, *DOCUMENTS, SIGNATURE})
         return Protected(out, manifest, digest, certificate, self._stages.times)
 
     def _certify(self, samples: int) -> Certificate:
@@ -208,14 +244,8 @@ class _Documents:
         if not certificate.passed:
             raise IntegrityError(
                 f"equivalence: got top-1 agreement {certificate.top1_with_ties:.4f} (ties counted) and a relative"
-                f" difference of {certificate.relative_rms:.2e}, allowed: 1 and at most {certificate.bound:.0e}",
+                f" difference of {certificate.relative_rms:.2e}, allowed: 1 and at most {certificate.bound:.0e};"
+                f" {self._folder} is kept unpublished: remove it to start anew",
                 field="equivalence",
             )
         return certificate
-
-    def _digests(self, part: str, journal: Journal) -> dict[str, FileDigest]:
-        """Of all files of a part; those of tensors were hashed when they were written."""
-        return {
-            path.name: journal.listed.get(f"{part}/{path.name}") or file_digest(path)
-            for path in sorted((self._folder / part).iterdir())
-        }

@@ -20,12 +20,16 @@ from stip_keyservice.protect.storage.writer import (
     Stream,
     TensorFile,
     checkpoint_files,
-    write_atomically,
+    index_of,
+    write_document,
     write_files,
-    write_index,
 )
+from stip_protocol.manifest import FileDigest
 from stip_protocol.sealed import SealedStream
 from stip_protocol.secrets_file import InstanceSecrets, grant_of
+
+Digests = dict[str, FileDigest]
+"""Of what was written, taken while it was written, by name in a part's folder."""
 
 
 def write_parts(
@@ -37,8 +41,8 @@ def write_parts(
     *,
     workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> Journal:
-    """Write both parts, but for the files that an earlier run left whole. Gives the journal, which lists all.
+) -> dict[str, Digests]:
+    """Write both parts, but for the files that an earlier run left whole. Gives the digests of each part's files.
 
     `workers` None: as many as cores and memory allow.
 
@@ -61,8 +65,10 @@ def write_parts(
         before = sum(file.nbytes for file in files if file.name in journal.listed)
         with stages.stage(part, total, before) as advance:
             write_files(workspace.folder, files, compute, workers=workers, journal=journal, advance=advance)
-    write_server_documents(workspace.folder / "server", planned, parts["server"])
-    return journal
+    source.let_go()
+    digests = {part: {Path(file.name).name: journal.listed[file.name] for file in parts[part]} for part in parts}
+    digests["server"] |= write_server_documents(workspace.folder / "server", planned, parts["server"])
+    return digests
 
 
 def server_files(planned: Plan, source: Checkpoint, shard_bytes: int = SHARD_BYTES) -> list[TensorFile]:
@@ -91,11 +97,15 @@ def in_file_order(outputs: Sequence[Output], planned: Plan, source: Checkpoint) 
     return sorted(outputs, key=place)
 
 
-def write_server_documents(folder: Path, planned: Plan, files: Sequence[TensorFile]) -> None:
+def write_server_documents(folder: Path, planned: Plan, files: Sequence[TensorFile]) -> Digests:
     """What lies beside the shards: configurations, and the index once the shards are whole."""
-    for name, content in ((CONFIG, planned.config), (GENERATION_CONFIG, planned.generation_config)):
-        write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-    write_index(folder / INDEX, files)
+    documents = {
+        name: (json.dumps(content, indent=2) + "\n").encode()
+        for name, content in ((CONFIG, planned.config), (GENERATION_CONFIG, planned.generation_config))
+    }
+    if index := index_of(files):
+        documents[INDEX] = index
+    return {name: write_document(folder / name, data) for name, data in documents.items()}
 
 
 def _sealed(secrets: InstanceSecrets, name: str, file: DigestedFile) -> Stream:

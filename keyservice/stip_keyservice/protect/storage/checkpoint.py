@@ -17,7 +17,16 @@ import torch
 
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.matching import TensorHeader
-from stip_keyservice.protect.storage.headers import ITEM_BYTES, Shard, Stamp, read_header, read_json
+from stip_keyservice.protect.storage.headers import (
+    ITEM_BYTES,
+    READ_BYTES,
+    Shard,
+    Stamp,
+    json_object,
+    opened,
+    read_document,
+    read_header,
+)
 from stip_keyservice.protect.storage.spans import SpanCache
 from stip_protocol import canonical
 from stip_protocol.errors import CheckpointInvalid
@@ -26,8 +35,6 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_LIMIT = 64 << 20
 """Bytes of the largest shard index read."""
-READ_BYTES = 1 << 30
-"""Bytes asked of the system at a time; Linux gives 2 GiB at most."""
 
 
 class Checkpoint:
@@ -40,14 +47,17 @@ class Checkpoint:
     def __init__(
         self,
         directory: Path,
-        config: dict[str, Any],
-        generation_config: dict[str, Any],
+        config: bytes,
+        generation_config: bytes | None,
         shards: Sequence[Shard],
     ) -> None:
         self.directory = directory
-        self.config = config
-        self.generation_config = generation_config
+        self.config: dict[str, Any] = json_object(config, CONFIG)
+        self.generation_config: dict[str, Any] = json_object(generation_config or b"{}", GENERATION_CONFIG)
         """Empty where the folder has none."""
+        self._configurations = [
+            None if data is None else hashlib.sha256(data).hexdigest() for data in (config, generation_config)
+        ]
         self.headers: Mapping[str, TensorHeader] = {
             name: header for shard in shards for name, header in shard.headers.items()
         }
@@ -60,9 +70,9 @@ class Checkpoint:
         """Read configuration and headers. Raises `CheckpointInvalid` naming the file or tensor that is wrong."""
         if not directory.is_dir():
             raise CheckpointInvalid.because("model", "no such folder", "a local folder of safetensors")
-        config = read_json(directory / CONFIG)
+        config = read_document(directory / CONFIG)
         generation = directory / GENERATION_CONFIG
-        return cls(directory, config, read_json(generation) if generation.exists() else {}, _shards(directory))
+        return cls(directory, config, read_document(generation) if generation.exists() else None, _shards(directory))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the tensor, its axes but the last flattened; read for this call.
@@ -84,6 +94,10 @@ class Checkpoint:
         nbytes = (stop - start) * math.prod(_matrix_form(header.shape)[1]) * ITEM_BYTES[header.dtype]
         return self._spans.get((name, start, stop), nbytes, lambda: self.rows(name, start, stop))
 
+    def let_go(self) -> None:
+        """Keep no span any longer."""
+        self._spans.clear()
+
     def place(self, name: str) -> tuple[int, int]:
         """Where a tensor lies (file, byte): the order in which to read a disk."""
         number = self._shard_of[name]
@@ -95,11 +109,7 @@ class Checkpoint:
         sizes, times and headers of its files, and its configurations. Secret, as all that digests the source.
         """
         files = [[shard.path.name, shard.stamp.size, shard.stamp.modified, shard.digest] for shard in self._shards]
-        configurations = [
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-            for path in (self.directory / CONFIG, self.directory / GENERATION_CONFIG)
-        ]
-        return hashlib.sha256(canonical.encode([files, configurations])).hexdigest()
+        return hashlib.sha256(canonical.encode([files, self._configurations])).hexdigest()
 
     @property
     def largest_shard(self) -> int:
@@ -118,15 +128,15 @@ def _read(shard: Shard, offset: int, rows: torch.Tensor, name: str) -> None:
     buffer = rows.view(-1).view(torch.uint8).numpy().data
     filled = 0
     try:
-        with shard.path.open("rb", buffering=0) as file:
+        with opened(shard.path) as file:
             while filled < len(buffer):
                 got = os.preadv(file.fileno(), [buffer[filled : filled + READ_BYTES]], offset + filled)
                 if not got:
                     break
                 filled += got
             stamp = Stamp.of(file.fileno())
-    except OSError as error:
-        raise CheckpointInvalid(f"{what}: {error.strerror}", field=name) from None
+    except CheckpointInvalid as error:
+        raise CheckpointInvalid(f"{what}: {error.message.removeprefix(f'{shard.path.name}: ')}", field=name) from None
     if filled < len(buffer) or stamp != shard.stamp:
         raise CheckpointInvalid.because(
             what, "a file that changed since its header was read", "one that stays as it is"
@@ -145,7 +155,7 @@ def _shards(directory: Path) -> list[Shard]:
 
 
 def _sharded(directory: Path, index: Path) -> list[Shard]:
-    weight_map = read_json(index, INDEX_LIMIT).get("weight_map")
+    weight_map = json_object(read_document(index, INDEX_LIMIT), INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointInvalid.because(f"{INDEX} weight_map", "other values", "a map of tensor names to files")
     shards: list[Shard] = []

@@ -10,20 +10,26 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stip_keyservice.protect.matching import TensorHeader
 from stip_protocol.errors import CheckpointInvalid
 
 HEADER_LIMIT = 100_000_000
 """Bytes of the largest header: the format's own limit (MAX_HEADER_SIZE of the reference reader)."""
+READ_BYTES = 1 << 30
+"""Bytes asked of the system at a time; Linux gives 2 GiB at most."""
 JSON_LIMIT = 16 << 20
 """Bytes of the largest configuration file read."""
 NAME_LIMIT = 512
 """Characters of the longest tensor name. Names go into messages, so they are printable too."""
+AXES_LIMIT, NUMBER_LIMIT = 8, 1 << 48
+"""Axes of a tensor, and the largest axis or offset: what is multiplied before it is compared stays small."""
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -34,16 +40,37 @@ ITEM_BYTES = {
 and booleans are known here because old checkpoints carry such buffers, which a family drops by name."""
 
 
-def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointInvalid`."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file of the source, or a link to one, to read without a buffer. Raises `CheckpointInvalid`, also for
+    what fails to read inside the block; a pipe or a device is refused, not waited for.
+    """
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise CheckpointInvalid.because(path.name, "no regular file", "a regular file")
+            yield file
     except OSError as error:
         raise CheckpointInvalid(f"{path.name}: {error.strerror}", field=path.name) from None
+
+
+def read_document(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    """The bytes of a small file, at most `limit` of them. Raises `CheckpointInvalid`."""
+    with opened(path) as file:
+        data = read_up_to(file, limit + 1)
     if len(data) > limit:
         raise CheckpointInvalid.because(path.name, "a larger file", f"at most {limit} bytes")
-    return json_object(data, path.name)
+    return data
+
+
+def read_up_to(file: BinaryIO, count: int) -> bytes:
+    """The next `count` bytes, or as many as there are: one read of a file without a buffer may give fewer."""
+    parts: list[bytes] = []
+    while count and (part := file.read(min(count, READ_BYTES))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -78,21 +105,18 @@ class Stamp:
 
 def read_header(path: Path) -> Shard:
     """What one safetensors file holds. Raises `CheckpointInvalid`."""
-    try:
-        with path.open("rb") as file:
-            stamp = Stamp.of(file.fileno())
-            size = stamp.size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > HEADER_LIMIT:
-                allowed = f"8 to {HEADER_LIMIT} bytes after a length of 8 bytes"
-                raise CheckpointInvalid.because(f"{path.name} header", f"{length} bytes of {size}", allowed)
-            if length > size - 8:
-                raise CheckpointInvalid.because(
-                    f"{path.name} size", f"{size} bytes", f"at least {8 + length} for its header: is the file cut?"
-                )
-            header = file.read(length)
-    except OSError as error:
-        raise CheckpointInvalid(f"{path.name}: {error.strerror}", field=path.name) from None
+    with opened(path) as file:
+        stamp = Stamp.of(file.fileno())
+        size = stamp.size
+        length = int.from_bytes(read_up_to(file, 8), "little")
+        if size < 8 or length > HEADER_LIMIT:
+            allowed = f"8 to {HEADER_LIMIT} bytes after a length of 8 bytes"
+            raise CheckpointInvalid.because(f"{path.name} header", f"{length} bytes of {size}", allowed)
+        if length > size - 8:
+            raise CheckpointInvalid.because(
+                f"{path.name} size", f"{size} bytes", f"at least {8 + length} for its header: is the file cut?"
+            )
+        header = read_up_to(file, length)
     headers, offsets = _parse_header(header, size - 8 - length, path.name)
     absolute = {name: 8 + length + offset for name, offset in offsets.items()}
     return Shard(path, headers, absolute, stamp, hashlib.sha256(header).hexdigest())
@@ -131,8 +155,9 @@ def _parse_entry(name: str, entry: Any, what: str) -> tuple[TensorHeader, tuple[
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointInvalid.because(f"{what} dtype", ascii(dtype)[:16], "F64, F32, F16, BF16")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise CheckpointInvalid.because(f"{what} shape and data_offsets", "other values", "natural numbers")
+    if not _naturals(shape, AXES_LIMIT) or not _naturals(offsets, 2) or len(offsets) != 2:
+        allowed = f"at most {AXES_LIMIT} and two natural numbers up to {NUMBER_LIMIT}"
+        raise CheckpointInvalid.because(f"{what} shape and data_offsets", "other values", allowed)
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         got = f"{offsets[1] - offsets[0]} bytes"
@@ -160,5 +185,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _naturals(values: Any, count: int) -> bool:
+    """Whether this is a list of at most `count` of them."""
+    return (
+        isinstance(values, list)
+        and len(values) <= count
+        and all(type(value) is int and 0 <= value <= NUMBER_LIMIT for value in values)
+    )

@@ -58,7 +58,7 @@ class Journal:
         """List a file that has its name and its content on the disk."""
         mac = self._mac(name, digest, layout)
         line = json.dumps({"name": name, **digest.model_dump(), "layout": layout, "mac": mac}) + "\n"
-        with self._path.open("ab") as file:
+        with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), "ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -66,20 +66,25 @@ class Journal:
 
     def _is_whole(self, name: str, digest: FileDigest) -> bool:
         path = self._folder / name
-        return path.is_file() and path.stat().st_size == digest.size and file_digest(path) == digest
+        return (
+            path.is_file()
+            and not path.is_symlink()
+            and path.stat().st_size == digest.size
+            and file_digest(path) == digest
+        )
 
     def _read(self) -> Iterator[tuple[str, tuple[FileDigest, str]]]:
         """The lines up to the first that is torn or not ours, from where on the file is cut."""
-        if not self._path.exists() or self._path.stat().st_size > JOURNAL_LIMIT:
-            self._path.write_bytes(b"")
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        whole = 0
-        for line in lines:
-            if (entry := self._parse(line)) is None:
-                break
-            whole += len(line)
-            yield entry
-        os.truncate(self._path, whole)
+        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as file:
+            if os.fstat(file.fileno()).st_size > JOURNAL_LIMIT:
+                file.truncate(0)
+            whole = 0
+            for line in file.readlines():
+                if (entry := self._parse(line)) is None:
+                    break
+                whole += len(line)
+                yield entry
+            file.truncate(whole)
 
     def _parse(self, line: bytes) -> tuple[str, tuple[FileDigest, str]] | None:
         try:

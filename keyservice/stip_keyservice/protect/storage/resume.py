@@ -36,6 +36,10 @@ class Inputs(BaseModel):
 
     model: str
     """The source's fingerprint."""
+    out: str
+    """Where the instance goes: an absolute path. With the folder's number, a copied record is of no use elsewhere."""
+    folder: int
+    """Inode of the folder in which the instance is made."""
     preset: Preset
     epoch: Epoch
     seal_to: str
@@ -90,8 +94,8 @@ class Record(Document):
                 raise ConfigurationError.because(name, got, allowed)
 
 
-_OPAQUE = frozenset({"model", "seal_to"})
-"""Digests and keys say nothing to people, and the source's digest is secret."""
+_OPAQUE = frozenset({"model", "seal_to", "folder"})
+"""Digests, keys and inodes say nothing to people, and the source's digest is secret."""
 
 
 def _foreign(folder: Path) -> ConfigurationError:

@@ -45,6 +45,11 @@ class SpanCache:
                 future.set_exception(error)
         return future.result()
 
+    def clear(self) -> None:
+        """Keep none. Who waits for one gets it still."""
+        with self._lock:
+            self._spans.clear()
+
     def _make_room(self, nbytes: int) -> None:
         """Let go of the spans used least lately, before another is read."""
         while self._spans and nbytes + sum(kept for kept, _ in self._spans.values()) > self._limit:

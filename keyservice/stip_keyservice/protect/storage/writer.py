@@ -27,6 +27,7 @@ import torch
 from stip_keyservice.protect.plan import Output
 from stip_keyservice.protect.storage.journal import Journal
 from stip_keyservice.protect.storage.pipeline import ordered
+from stip_protocol.durable import PARTIAL, write_atomically
 from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.manifest import FileDigest
 from stip_protocol.tensor import ITEM_BYTES, SAFETENSORS_DTYPE
@@ -36,8 +37,6 @@ SHARD_BYTES = 2 << 30
 BLOCK_BYTES = 8 << 20
 """Bytes of a row block. A dense key works on some twelve times as much in float64."""
 ALIGNMENT = 8
-PARTIAL = ".partial"
-"""Suffix of a file that is being written."""
 
 Compute = Callable[[Output, slice], torch.Tensor]
 """A row block of one output, in the output's dtype."""
@@ -129,7 +128,7 @@ def output_bytes(output: Output) -> int:
 
 
 def checkpoint_files(folder: str, outputs: Sequence[Output], shard_bytes: int = SHARD_BYTES) -> list[TensorFile]:
-    """The files of a Hugging Face checkpoint: `model.safetensors`, or shards (for which `write_index`)."""
+    """The files of a Hugging Face checkpoint: `model.safetensors`, or shards (for which `index_of`)."""
     shards = _shards(outputs, shard_bytes)
     return [
         TensorFile(f"{folder}/{_shard_name(number, len(shards))}", shard, plain_stream)
@@ -168,23 +167,21 @@ def write_files(
             keeper.keep(file, digested)
 
 
-def write_index(path: Path, files: Sequence[TensorFile]) -> None:
-    """The index of a sharded checkpoint, written once its files are whole; none for a single file."""
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(file.nbytes for file in files)},
-            "weight_map": {output.name: Path(file.name).name for file in files for output in file.outputs},
-        }
-        write_atomically(path, json.dumps(index, indent=2).encode())
+def write_document(path: Path, data: bytes) -> FileDigest:
+    """A small file, whole or not at all; gives the digest of `data`, whatever the disk makes of it."""
+    write_atomically(path, data)
+    return FileDigest.of(data)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A small file that is there whole or not at all."""
-    with path.with_name(path.name + PARTIAL).open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_name(path.name + PARTIAL).replace(path)
+def index_of(files: Sequence[TensorFile]) -> bytes | None:
+    """The index of a sharded checkpoint, to be written once its files are whole; None for a single file."""
+    if len(files) == 1:
+        return None
+    index = {
+        "metadata": {"total_size": sum(file.nbytes for file in files)},
+        "weight_map": {output.name: Path(file.name).name for file in files for output in file.outputs},
+    }
+    return json.dumps(index, indent=2).encode()
 
 
 class _Keeper:
