@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stip_keyservice.home import Home
+from stip_keyservice.protect.configuration import require_same_meaning
 from stip_keyservice.protect.equivalence.certificate import LENGTH, Certificate, Certification
 from stip_keyservice.protect.equivalence.inputs import read_ids
 from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
@@ -52,6 +53,7 @@ def verify(
         accept_tied_head=True,  # as it was when the instance was made
         accept_token_cipher=True,
     )
+    require_same_meaning(source.config, planned)
     _require_form(planned, manifest)
     if length is not None and length > manifest.max_positions:
         raise ConfigurationError.because("length", length, f"at most {manifest.max_positions}, the model's positions")
