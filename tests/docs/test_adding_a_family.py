@@ -13,8 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from stip_keyservice.protect.architecture import After, Architecture
+from stip_keyservice.protect.configuration import require_same_meaning
 from stip_keyservice.protect.families import FAMILIES
+from stip_keyservice.protect.matching import TensorHeader
+from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.state_dict import protect_state
+from stip_protocol.errors import CheckpointInvalid
 from stip_protocol.keys import Permutation
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-family.md"
@@ -92,6 +96,64 @@ def test_the_page_adds_a_lossless_family(
 ) -> None:
     monkeypatch.setitem(FAMILIES, "starcoder2", shown)
     assert error(model, preset) < 1e-6  # rotary tables are float32
+
+
+PUBLISHED = {
+    "model_type": "starcoder2",
+    "architectures": ["Starcoder2ForCausalLM"],
+    "attention_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 36,
+    "intermediate_size": 29,
+    "max_position_embeddings": 64,
+    "mlp_type": "default",
+    "norm_epsilon": 1e-6,
+    "norm_type": "layer_norm",
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "residual_dropout": 0.1,
+    "rope_scaling": {"type": "linear", "factor": 4.0},
+    "rope_theta": 1000.0,
+    "sliding_window": 4,
+    "torch_dtype": "bfloat16",
+    "use_bias": True,
+    "vocab_size": 37,
+}
+
+
+def planned_without(forgotten: tuple[str, ...], shown: Expand, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The plan of the published form under a family that does not know some of its fields."""
+
+    def expand(config: Mapping[str, Any]) -> Architecture:
+        return shown({name: value for name, value in config.items() if name not in forgotten})
+
+    monkeypatch.setitem(FAMILIES, "starcoder2", expand)
+    shapes = shown(PUBLISHED).tensors
+    headers = {name: TensorHeader(name, "BF16", shape) for name, shape in shapes.items() if name != "lm_head.weight"}
+    return plan(PUBLISHED, headers, "hardened", ROOT)
+
+
+def test_a_published_form_keeps_its_meaning(shown: Expand, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_same_meaning(PUBLISHED, planned_without((), shown, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "named"),
+    [
+        ("rope_theta", "rope_parameters"),
+        ("rope_scaling", "rope_parameters"),
+        ("sliding_window", "sliding_window"),
+        ("norm_epsilon", "norm_epsilon"),
+    ],
+)
+def test_a_forgotten_field_is_refused(
+    shown: Expand, forgotten: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = planned_without((forgotten,), shown, monkeypatch)
+    with pytest.raises(CheckpointInvalid, match=rf"config\.{named}: got "):
+        require_same_meaning(PUBLISHED, planned)
 
 
 def without_activation(architecture: Architecture) -> Architecture:

@@ -26,12 +26,14 @@ _TRAINING = {
     "classifier_dropout",
     "dropout",
     "embd_pdrop",
+    "embedding_dropout",
     "hidden_dropout",
     "initializer_range",
     "init_std",
     "layerdrop",
     "pretraining_tp",  # how a training was spread; the class does not read it
     "resid_pdrop",
+    "residual_dropout",
     "router_aux_loss_coef",
     "router_jitter_noise",
 }
