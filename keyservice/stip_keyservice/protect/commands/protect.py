@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from rich.table import Table
 from stip_keyservice.home import HOME_VARIABLE, Home
 from stip_keyservice.protect.progress import STAGES, Lines, amount, rate_of
 from stip_keyservice.protect.progress import Progress as Callback
+from stip_keyservice.protect.storage.workspace import RECORD, partial_of
 from stip_protocol.errors import Cancelled, ConfigurationError, IntegrityError, StipError
 from stip_protocol.manifest import Preset
 from stip_protocol.runtime.files import read_x25519
@@ -31,10 +33,14 @@ from stip_protocol.runtime.files import read_x25519
 if TYPE_CHECKING:
     from stip_keyservice.protect.instance import Protected
 
+MANIFEST = "manifest.json"
 EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Read by torch when it first allocates: large arrays in large pages, where the system offers them (`madvise` in
 /sys/kernel/mm/transparent_hugepage/enabled). Row blocks come and go, and small pages cost a fault for every 4 KiB."""
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+"""Read by NumPy's OpenBLAS when it is loaded. It draws keys, and its threads wait by spinning: on a machine with other
+work two took twenty times as long as one. Everything else here is parallel over row blocks, or by torch's threads."""
 EXIT_SIGNAL = 128
 """Plus the number of the signal that stopped the command, as shells report it."""
 
@@ -51,9 +57,13 @@ OUT.partial, with the root secret sealed to this home. Remove that folder to sta
 Exit codes:
   0         the instance is written, signed and certified
   1         another failure
-  2         the input or the configuration is refused; nothing is left behind
-  3         the instance does not compute what its source computes; nothing is left behind
-  130, 143  stopped by Ctrl-C or SIGTERM; OUT.partial is kept
+  2         the input, the configuration or the disk is refused
+  3         the instance does not compute what its source computes; it is not published
+  130, 143  stopped by Ctrl-C or SIGTERM
+
+
+Whatever ends it, a run in which no file was finished leaves nothing behind; otherwise OUT.partial is
+kept, and the message says so.
 """
 
 
@@ -140,7 +150,10 @@ def protect(
     Next: register the instance with `stip-keyservice instances add`, give `manifest.json`, its signature and
     `server/` to the operator, `enclave/` to wherever enclaves fetch it, and `client/` to your users.
     """
+    _refuse_core_dumps()
+    found = (out / MANIFEST).exists()
     try:
+        partial_of(out)
         with _stoppable(), _progress(quiet) as progress:
             opened = Home.open(home)
             recipient = opened.sealing.public_key() if seal_to is None else read_x25519(seal_to, field="seal-to")
@@ -161,7 +174,7 @@ def protect(
     except StipError as error:
         _fail(error, as_json)
     except _Stopped as stopped:
-        _leave(stopped, out, as_json)
+        _leave(stopped, out, as_json, found)
     if as_json:
         click.echo(json.dumps(_report(result)))
     elif not quiet:
@@ -170,7 +183,8 @@ def protect(
 
 def _protection() -> Callable[..., Protected]:
     """`instance.protect`, with the loaded libraries' own messages and bars turned off."""
-    os.environ.setdefault(LARGE_PAGES, "1")
+    for name in (LARGE_PAGES, BLAS_THREADS):
+        os.environ.setdefault(name, "1")
     from transformers.utils import logging
 
     from stip_keyservice.protect.instance import protect as protect_checkpoint
@@ -179,6 +193,12 @@ def _protection() -> Callable[..., Protected]:
     messages.set_verbosity_error()
     messages.disable_progress_bar()
     return protect_checkpoint
+
+
+def _refuse_core_dumps() -> None:
+    """The root secret and the keys are in this process's memory: no copy of that goes to the disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 class _Bars:
@@ -241,13 +261,16 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(stopped: _Stopped, out: Path, as_json: bool) -> NoReturn:
-    """After a signal: say what is kept."""
-    from stip_keyservice.protect.storage.workspace import partial_of
-
-    folder = partial_of(out)
-    kept = f"; {folder} is kept: run the same command again to go on, or remove it" if folder.exists() else ""
-    error = Cancelled(f"stopped by {signal.Signals(stopped.number).name}{kept}")
+def _leave(stopped: _Stopped, out: Path, as_json: bool, found: bool) -> NoReturn:
+    """After a signal: say what is there. `found`: an instance was there before."""
+    out, folder = out.absolute(), partial_of(out)
+    left = ""
+    if folder.exists():
+        left = f"; {folder} is kept: run the same command again to go on, or remove it"
+    elif (out / MANIFEST).exists() and not found:
+        rest = ": run the same command again to tidy up" if (out / RECORD).exists() else ""
+        left = f"; {out} is whole and published{rest}"
+    error = Cancelled(f"stopped by {signal.Signals(stopped.number).name}{left}")
     _say(error, as_json)
     sys.exit(EXIT_SIGNAL + stopped.number)
 
