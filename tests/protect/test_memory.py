@@ -6,16 +6,29 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import checkpoints
 from stip_keyservice.protect.matching import TensorHeader
+from stip_keyservice.protect.parts import write_parts
+from stip_keyservice.protect.plan import plan
+from stip_keyservice.protect.progress import Stages, silent
 from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_keyservice.protect.storage.memory import bound, default_workers
 from stip_keyservice.protect.storage.pipeline import WORKERS_LIMIT
+from stip_keyservice.protect.storage.spans import SPAN_BYTES
+from stip_keyservice.protect.storage.workspace import claimed
+from stip_keyservice.protect.storage.writer import BLOCK_BYTES
+from stip_protocol.manifest import Preset
+from stip_protocol.secrets_file import InstanceSecrets
+
+from .conftest import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE_TABLES = checkpoints.TINY | {
@@ -60,3 +73,42 @@ def test_workers_are_as_many_as_the_cores_where_memory_allows_and_one_at_least()
     cores = len(os.sched_getaffinity(0))
     assert default_workers(small, 10 << 30, 4096) == min(cores, WORKERS_LIMIT)
     assert default_workers(wide, 2 << 30, 1 << 16) == 1
+
+
+def test_workers_leave_room_for_the_spans_kept_and_for_one_still_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
+
+    def workers(*sizes: int) -> int:
+        headers = {
+            str(place): TensorHeader(str(place), "BF16", (size >> 11, 1 << 10)) for place, size in enumerate(sizes)
+        }
+        return default_workers(headers, 1 << 30, 1024)
+
+    worker = 20 * BLOCK_BYTES + 12 * 1024 * 1024
+    many = workers(1 << 20)
+    assert workers(512 << 20) == pytest.approx(many - (512 << 20) / worker, abs=1)
+    assert workers(512 << 20, 512 << 20) == pytest.approx(many - (1 << 30) / worker, abs=1)
+    assert workers(*[32 << 20] * 64) == pytest.approx(many - (SPAN_BYTES + (32 << 20)) / worker, abs=1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "hardened"])
+def test_nothing_read_is_kept_when_the_parts_are_written(
+    checkpoint_of: Callable[[Case], Path], tmp_path: Path, preset: Preset
+) -> None:
+    """The certificate comes after, and needs the room."""
+    source = Checkpoint.open(checkpoint_of(Case("llama", tied=False)))
+    secrets = InstanceSecrets(instance="ab" * 16, epoch=0, preset=preset, manifest_digest=bytes(32), root=bytes(32))
+    planned = plan(source.config, source.headers, preset, secrets.root)
+    read: list[weakref.ref[torch.Tensor]] = []
+    rows = source.rows
+
+    def watched(name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = rows(name, start, stop)
+        read.append(weakref.ref(tensor))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch, claimed(tmp_path / "out") as workspace:
+        patch.setattr(source, "rows", watched)
+        write_parts(workspace, source, planned, secrets, Stages(silent), workers=1)
+    assert read
+    assert not [alive for alive in read if alive() is not None]

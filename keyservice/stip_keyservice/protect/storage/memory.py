@@ -1,7 +1,9 @@
 """How many workers the promised peak of resident memory has room for.
 
-The promise: twice the largest shard and 1 GB, the certificate apart. The estimates here are of the arrays that a worker
-holds at once, with a margin for what the allocator keeps; `benchmarks.protect` measures the peak.
+The promise: twice the largest shard and 1 GB, the certificate apart. A dense key is drawn before anything else is held:
+LAPACK's factorization of n x n Gaussians by way of NumPy peaks at 5.1·8·n² bytes, which no number of workers changes,
+and which passes the promise where shards are small and n is large (n = 8192: 2.7 GB). The
+estimates here are of the arrays that a worker holds at once, with a margin for what the allocator keeps; `benchmarks.protect` measures the peak.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Mapping
 from stip_keyservice.protect.matching import TensorHeader
 from stip_keyservice.protect.storage.headers import ITEM_BYTES
 from stip_keyservice.protect.storage.pipeline import WORKERS_LIMIT
+from stip_keyservice.protect.storage.spans import SPAN_BYTES
 from stip_keyservice.protect.storage.writer import BLOCK_BYTES
 from stip_protocol.keys.algebra import CHUNK
 
@@ -33,10 +36,15 @@ def bound(largest_shard: int) -> int:
 def default_workers(headers: Mapping[str, TensorHeader], largest_shard: int, width: int) -> int:
     """A worker for each core that this process may use, as far as memory goes; one at least.
 
-    `width` is the residual's, whose key is a float64 matrix where it is dense.
+    `width` is the residual's, whose key is a float64 matrix where it is dense, kept with its transpose.
     """
-    largest = max(math.prod(header.shape) * ITEM_BYTES[header.dtype] for header in headers.values())
     widest = max(header.shape[-1] for header in headers.values() if header.shape)
-    free = bound(largest_shard) - LIBRARIES - largest - 2 * 8 * width**2
+    free = bound(largest_shard) - LIBRARIES - _spans(headers) - 2 * 8 * width**2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, free // (BLOCKS * BLOCK_BYTES + CHUNKS * CHUNK * widest), WORKERS_LIMIT))
+
+
+def _spans(headers: Mapping[str, TensorHeader]) -> int:
+    """Bytes of spans at once: what the cache keeps, and one that it let go of and that workers still gather from."""
+    sizes = sorted(math.prod(header.shape) * ITEM_BYTES[header.dtype] for header in headers.values())
+    return max(sizes[-1], min(sum(sizes), SPAN_BYTES)) + (sizes[-2] if len(sizes) > 1 else 0)
