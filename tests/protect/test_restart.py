@@ -133,6 +133,20 @@ def test_a_killed_protection_goes_on_and_gives_what_an_uninterrupted_one_gives(j
         finish(killed, tmp_path / f"expected-{kill_at}")
 
 
+@pytest.mark.timeout(240)
+def test_a_kill_after_the_rename_leaves_an_instance_that_the_next_run_finishes(job: Job, tmp_path: Path) -> None:
+    """The last steps: the parent is synced, journal and record are removed, the instance is synced."""
+    steps = steps_of(job)
+    untidied = 0
+    for kill_at in range(steps - 4, steps + 1):
+        killed = Job(job.model, tmp_path / f"killed-at-{kill_at}", job.preset)
+        assert run(killed, kill_at=kill_at)[0] == -signal.SIGKILL
+        assert not killed.partial.exists()
+        untidied += (killed.out / "resume").exists()
+        finish(killed, tmp_path / f"expected-{kill_at}")
+    assert untidied == 3
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_kill_at_any_step_is_survived(job: Job, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """How many workers the promised peak of resident memory has room for.
 
-The promise: twice the largest shard and 1 GB, the certificate apart. A dense key is drawn before anything else is held:
-LAPACK's factorization of n x n Gaussians by way of NumPy peaks at 5.1·8·n² bytes, which no number of workers changes,
-and which passes the promise where shards are small and n is large (n = 8192: 2.7 GB). The
-estimates here are of the arrays that a worker holds at once, with a margin for what the allocator keeps; `benchmarks.protect` measures the peak.
+The promise: twice the largest shard and 1 GB, the certificate apart. The estimates here are of the arrays that a worker
+holds at once, with a margin for what the allocator keeps; `benchmarks.protect` measures the peak.
+
+A dense key is drawn before anything else is held: NumPy's factorization of n x n Gaussians peaks at 5.1·8·n² bytes,
+which no number of workers changes and which breaks the promise where shards are small and n is large (n = 8192: 2.7
+GB).
 """
 
 from __future__ import annotations
