@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors.torch import save, save_file
 
-from stip_keyservice.protect.equivalence.certificate import Certificate, Certification
+from stip_keyservice.protect.equivalence.certificate import Certificate
+from stip_keyservice.protect.equivalence.certification import Certification
 from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
 from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.storage.checkpoint import Checkpoint

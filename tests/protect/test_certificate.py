@@ -159,9 +159,9 @@ def test_padding_changes_nothing(protected: Protect) -> None:
 def test_batches_change_rounding_only(protected: Protect, monkeypatch: pytest.MonkeyPatch) -> None:
     laid = protected(Case("llama", tied=False), "hardened")
     whole = laid.certify(samples=5)
-    monkeypatch.setattr("stip_keyservice.protect.equivalence.certificate.BATCH_ROWS", 50)
+    monkeypatch.setattr("stip_keyservice.protect.equivalence.certification.BATCH_ROWS", 50)
     certification = laid.certification(samples=5)
-    assert certification.steps == 3 * 2 * 3, "three batches, two passes, two layers and a head"
+    assert certification.steps == 3 * 2 * 3 + 1, "three batches, two passes, two layers and a head; the tables"
     parts = certification.run()
     assert parts.passed
     assert parts.positions == whole.positions
@@ -222,19 +222,20 @@ def test_protect_refuses_to_publish_with_one_key_broken(
     # Softmax does not see a bias of keys without rotary positions (docs/protection.md).
     broken = [found for found in broken if not (found.part == "layers.0.k" and found.tensor.endswith("c_attn.bias"))]
     assert len(broken) > 15
-    for incidence in broken:
+    for number, incidence in enumerate(broken):
+        out = tmp_path / f"out{number}"
         monkeypatch.setattr(instance, "plan", functools.partial(plan, mutate=incidence))
         with pytest.raises(IntegrityError, match="equivalence"):
             protect(
                 source.directory,
-                tmp_path / "out",
+                out,
                 preset=preset,
                 developer=Ed25519PrivateKey.generate(),
                 seal_to=SEALING.public_key(),
                 samples=1,
                 accept_tied_head=True,
             )
-        assert not (tmp_path / "out").exists()
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "reshaped"])

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from stip_keyservice.protect.client_part import stop_ids_of, write_client_part
 from stip_keyservice.protect.configuration import require_same_meaning
-from stip_keyservice.protect.equivalence.certificate import SAMPLES_LIMIT, Certificate, Certification
+from stip_keyservice.protect.equivalence.certificate import Certificate
+from stip_keyservice.protect.equivalence.certification import SAMPLES_LIMIT, Certification
 from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
 from stip_keyservice.protect.parts import Digests, write_parts
 from stip_keyservice.protect.plan import Plan, plan
@@ -242,10 +243,6 @@ class _Documents:
         with self._stages.stage("certificate", certification.steps) as advance:
             certificate = certification.run(advance)
         if not certificate.passed:
-            raise IntegrityError(
-                f"equivalence: got top-1 agreement {certificate.top1_with_ties:.4f} (ties counted) and a relative"
-                f" difference of {certificate.relative_rms:.2e}, allowed: 1 and at most {certificate.bound:.0e};"
-                f" {self._folder} is kept unpublished: remove it to start anew",
-                field="equivalence",
-            )
+            kept = f"{self._folder} is kept unpublished: remove it to start anew"
+            raise IntegrityError(f"equivalence: {certificate.fault}; {kept}", field="equivalence")
         return certificate

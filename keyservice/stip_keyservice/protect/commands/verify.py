@@ -203,9 +203,11 @@ def _show(manifest: Manifest, certificate: Certificate) -> None:
     for group in certificate.groups:
         console.print(
             f"{group.name.capitalize()}: {group.sequences} sequences, {group.positions} positions; same top-1"
-            f" {group.top1:.2%}, with ties {group.top1_with_ties:.2%}",
+            f" {group.top1:.2%}, with ties {group.top1_with_ties:.2%}{_left_out(group.undecided)}",
             highlight=False,
         )
+    for line in _coverage(certificate):
+        console.print(line, highlight=False)
     if certificate.passed:
         console.print(_verdict(certificate), highlight=False)
 
@@ -218,11 +220,23 @@ def _verdict(certificate: Certificate) -> str:
     if certificate.passed:
         return f"Equivalent: rms {certificate.relative_rms:.1e} of the logits' spread, allowed {certificate.bound:.1e}"
     where = f"; they part at: {certificate.departs}" if certificate.departs else ""
-    worst = max(certificate.groups, key=lambda group: group.differences.relative_rms)
-    return (
-        f"not equivalent: top-1 agreement {certificate.top1_with_ties:.4f} (ties counted) and rms"
-        f" {worst.differences.relative_rms:.1e} of the logits' spread, allowed: 1 and {certificate.bound:.1e}{where}"
-    )
+    return f"not equivalent: {certificate.fault}{where}"
+
+
+def _left_out(undecided: int) -> str:
+    return f"; {undecided} more left out, where rounding decides a routing" if undecided else ""
+
+
+def _coverage(certificate: Certificate) -> Iterator[str]:
+    """What was compared of the model, and so what was not."""
+    for table in certificate.tables:
+        errors = f"error {table.largest:.1e} of a row, allowed {table.bound:.1e}"
+        yield f"Enclave's {table.name}: all {table.rows} rows, {errors}"
+    reached = certificate.coverage
+    positions = f"sequences of up to {reached.length} of {reached.max_positions} positions"
+    yield f"Run: {reached.ids} of {reached.vocabulary} ids, {positions}"
+    if reached.experts:
+        yield f"Experts: {reached.experts_reached} of {reached.experts} were sent a position"
 
 
 def _fail(error: StipError, as_json: bool) -> NoReturn:

@@ -16,7 +16,14 @@ from typing import Literal, TypedDict
 
 import torch
 
-from stip_keyservice.protect.equivalence.streamed_model import BLOCK_BYTES, Observe, StreamedModel
+from stip_keyservice.protect.architecture import After
+from stip_keyservice.protect.equivalence.streamed_model import (
+    BLOCK_BYTES,
+    Observe,
+    Route,
+    StreamedModel,
+    unrouted,
+)
 from stip_keyservice.protect.equivalence.weights import Alter, Weights, as_stored
 from stip_keyservice.protect.folding import TORCH_DTYPE
 from stip_keyservice.protect.plan import EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Output, Plan
@@ -87,13 +94,15 @@ class PlainModel:
             prefix=architecture.prefix,
             table=architecture.tables[0].tensor,
             stored=getattr(torch, planned.dtype),
+            routers=[linear.weight.tensor for linear in architecture.linears if linear.after is After.ROUTING],
             **_final_norm(planned),
         )
         self.layers = self._model.layers
+        self.layer_bytes = self._model.layer_bytes
 
-    def logits(self, ids: torch.Tensor, observe: Observe) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, observe: Observe, route: Route = unrouted) -> torch.Tensor:
         """[samples, length, vocabulary] logits of ids [samples, length]."""
-        return self._model(observe, input_ids=ids)
+        return self._model(observe, route, input_ids=ids)
 
 
 class ProtectedModel:
@@ -133,12 +142,18 @@ class ProtectedModel:
         """[samples, length, vocabulary] logits of ids [samples, length]."""
         with torch.inference_mode():
             if self._files.output == "ids" and self._order is not None:
-                return self._model(observe, input_ids=self._order[ids])[..., self._order]
+                return self._true(self._model(observe, unrouted, input_ids=self._order[ids]))
             rows = self._rows(EMBEDDING, ids)
             if POSITIONS in self._tables:
                 rows = rows + self._rows(POSITIONS, torch.arange(ids.shape[1]))
-            result = self._model(observe, inputs_embeds=rows)
-            return result[..., self._order] if self._order is not None else self._head(result)
+            result = self._model(observe, unrouted, inputs_embeds=rows)
+            return self._head(result) if self._order is None else self._true(result)
+
+    def _true(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in true order, in place: a copy of all would be as large again."""
+        for position in logits.view(-1, logits.shape[-1]):
+            position.copy_(position[self._order])
+        return logits
 
     def _weights(self, server: Checkpoint) -> Weights:
         architecture = self._plan.architecture

@@ -9,7 +9,7 @@ block, and the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ BLOCK_BYTES = 64 << 20
 
 Observe = Callable[[str, torch.Tensor], None]
 """Told (name, hidden states [samples, length, d]) as a pass goes on."""
+Route = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Told (router, scores [positions, experts], experts taken [positions, few]) as a pass goes on."""
 
 
 class StreamedModel:
@@ -38,7 +40,8 @@ class StreamedModel:
     `table` and `final_norm` are parameters: the token table, and the weight of the norm after the last layer.
     What a table scales its rows by (Gemma) is rounded to `stored`, the checkpoint's dtype, whatever is computed in.
     With `unit`, what is observed after that norm is without its scale and shift: with the stored weight `unit`
-    and no bias. Raises what `weights` refuses with.
+    and no bias. `routers` are the weights of the maps that choose experts. Raises `CheckpointInvalid` where
+    transformers does not accept the configuration, and what `weights` refuses with.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class StreamedModel:
         stored: torch.dtype,
         final_norm: str | None,
         unit: float | None = None,
+        routers: Collection[str] = (),
     ) -> None:
         self._weights = weights
         self._stored = stored
         self._unit = unit
-        self._observe: Observe = _unseen
+        self._observe: Observe = unseen
+        self._route: Route = unrouted
         self._buffers: dict[str, torch.Tensor] = {}
         self._model = _meta_model(directory, class_name, weights.dtype)
         own_prefix = "" if any(name.startswith(prefix) for name, _ in self._model.named_parameters()) else prefix
@@ -64,6 +69,11 @@ class StreamedModel:
         weights.check({own_prefix + name: parameter.shape for name, parameter in parameters})
         layers = next(module for module in self._model.modules() if isinstance(module, nn.ModuleList))
         self.layers = len(layers)
+        """Their number."""
+        self.layer_bytes = weights.dtype.itemsize * max(
+            sum(parameter.numel() for parameter in layer.parameters()) for layer in layers
+        )
+        """Of the largest layer, as it is computed with."""
         for index, layer in enumerate(layers):
             if index == 0:
                 layer.register_forward_pre_hook(self._entered, with_kwargs=True)
@@ -71,14 +81,19 @@ class StreamedModel:
         whole = set(layers)
         inside = {module for layer in layers for module in layer.modules()}
         for path, module in self._model.named_modules():
+            for own, _ in module.named_parameters(recurse=False):
+                (router, *_) = weights.canonical(f"{own_prefix}{path}.{own}")
+                if router in routers:
+                    module.register_forward_hook(partial(self._routed, router))
+        for path, module in self._model.named_modules():
             if module in whole:
                 self._stream(module, own_prefix + path)
             elif module not in inside and any(True for _ in module.parameters(recurse=False)):
                 self._place(module, own_prefix + path, table, final_norm)
 
-    def __call__(self, observe: Observe = lambda name, states: None, **inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, observe: Observe, route: Route, **inputs: torch.Tensor) -> torch.Tensor:
         """One pass: logits of a causal class, [samples, length, vocabulary], or the last hidden states of another."""
-        self._observe = observe
+        self._observe, self._route = observe, route
         try:
             with torch.inference_mode():
                 result = self._model(**inputs, use_cache=False)
@@ -146,6 +161,11 @@ class StreamedModel:
     def _left(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._observe(name, output[0] if isinstance(output, tuple) else output)
 
+    def _routed(self, name: str, router: nn.Module, inputs: Any, output: Any) -> None:
+        """Routers of transformers give (scores before softmax, weights, experts)."""
+        scores, _, experts = output
+        self._route(name, scores, experts)
+
     def _normed(self, norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self._unit is not None:
             for own, parameter in list(norm.named_parameters(recurse=False)):
@@ -155,15 +175,36 @@ class StreamedModel:
 
 
 def _meta_model(directory: Path, class_name: str, dtype: torch.dtype) -> Any:
-    """The class of transformers, in evaluation mode, with parameters that have shapes and no values."""
-    config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
-    with _parameters_on_meta():
-        for kind in (AutoModelForCausalLM, AutoModel):
-            # Grouped products of experts know neither float64 nor every width.
-            model: Any = kind.from_config(config, dtype=dtype, experts_implementation="eager")  # type: ignore[no-untyped-call]
-            if type(model).__name__ == class_name:
-                return model.eval()
+    """The class of transformers, in evaluation mode, with parameters that have shapes and no values.
+
+    Raises `CheckpointInvalid` where transformers does not accept the configuration: what it then raises is anything.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
+        for name, value in _SETTINGS.items():
+            setattr(config, name, value)
+        with _parameters_on_meta():
+            for kind in (AutoModelForCausalLM, AutoModel):
+                model: Any = kind.from_config(config, dtype=dtype, **_IMPLEMENTATIONS)  # type: ignore[no-untyped-call]
+                if type(model).__name__ == class_name:
+                    return model.eval()
+    except Exception as error:
+        got = f"one that transformers refuses ({type(error).__name__})"
+        raise CheckpointInvalid.because("config.json", got, f"one that {class_name} can be built from") from error
     raise CheckpointInvalid.because("class of transformers", type(model).__name__, class_name)
+
+
+_SETTINGS: dict[str, Any] = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "use_cache": False,
+    "pad_token_id": None,
+}
+"""Fields of a configuration that change what a call returns, or that an index check reads, and no logit."""
+_IMPLEMENTATIONS = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+"""Others need a library or a device; grouped products of experts know neither float64 nor every width."""
 
 
 @contextmanager
@@ -191,5 +232,9 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _unseen(name: str, states: torch.Tensor) -> None:
+def unseen(name: str, states: torch.Tensor) -> None:
+    """Nobody looks."""
+
+
+def unrouted(router: str, scores: torch.Tensor, experts: torch.Tensor) -> None:
     """Nobody looks."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from stip_keyservice.home import Home
 from stip_keyservice.protect.configuration import require_same_meaning
-from stip_keyservice.protect.equivalence.certificate import LENGTH, Certificate, Certification
+from stip_keyservice.protect.equivalence.certificate import Certificate
+from stip_keyservice.protect.equivalence.certification import LENGTH, Certification
 from stip_keyservice.protect.equivalence.inputs import read_ids
 from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
 from stip_keyservice.protect.plan import Plan, plan
