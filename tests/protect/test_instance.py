@@ -294,8 +294,7 @@ def test_a_model_without_a_tokenizer_gives_a_client_part_without_one(
 
 
 def refusal(*arguments: str | Path) -> str:
-    done = command(*arguments)
-    assert done.exit_code == 2, done.output
+    assert (done := command(*arguments)).exit_code == 2, done.output
     return done.stderr
 
 
@@ -392,9 +391,8 @@ def test_a_model_that_cannot_be_certified_is_not_published(checkpoint_of: Checkp
     assert "equivalence: got top-1 agreement" in done.stderr
     partial = tmp_path / "out.partial"
     assert f"{partial} is kept unpublished: remove it to start anew [integrity_violated] — stop" in done.stderr
-    assert not (tmp_path / "out").exists()
     assert (partial / "resume").exists()
-    assert not (partial / "manifest.json").exists()
+    assert not any(path.exists() for path in (tmp_path / "out", partial / "manifest.json"))
 
 
 def test_the_other_commands_of_the_key_service_do_not_pay_for_torch() -> None:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from stip_keyservice.protect.instance import Protected, protect
 from stip_keyservice.protect.storage.workspace import JOURNAL, PARTS, RECORD, claimed
+from stip_keyservice.protect.storage.writer import DigestedFile
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.manifest import check_files, file_digest
 
@@ -216,6 +217,22 @@ def test_a_disk_that_is_full_at_once_is_said_in_one_line_and_leaves_nothing(
     with pytest.raises(ConfigurationError, match=r"No space left on device \[conf"):
         call(model, out)
     assert not partial.exists()
+
+
+def test_a_disk_that_is_full_in_the_client_part_is_not_taken_for_a_wrong_source(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DigestedFile._store
+
+    def full(file: DigestedFile, data: bytes | memoryview) -> None:
+        if "client" in str(file._path):
+            raise OSError(28, "No space left on device")
+        store(file, data)
+
+    monkeypatch.setattr(DigestedFile, "_store", full)
+    with pytest.raises(ConfigurationError, match=r"out .*: No space left on device; .*out\.partial is kept") as caught:
+        call(model, out)
+    assert caught.value.code == ConfigurationError.code
 
 
 def test_a_link_or_a_root_as_the_place_of_an_instance_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:

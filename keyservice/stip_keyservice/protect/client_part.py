@@ -7,6 +7,7 @@ client reads them, the key service and the server do not.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,18 @@ def _copied(source: Path, path: Path) -> FileDigest:
     """Copy one file; gives the digest of what was written. Raises `CheckpointInvalid`."""
     copy = DigestedFile(path)
     try:
-        with opened(source) as file:
-            while data := file.read(COPY_BYTES):
-                copy.write(data)
+        for data in _pieces(source):
+            copy.write(data)
         return copy.keep()
     finally:
         copy.close()
+
+
+def _pieces(source: Path) -> Iterator[bytes]:
+    """A file's content; what fails to be written is not said of what is read."""
+    with opened(source) as file:
+        while data := file.read(COPY_BYTES):
+            yield data
 
 
 def stop_ids_of(source: Checkpoint, vocabulary: int) -> tuple[int, ...]:
