@@ -294,7 +294,8 @@ def test_a_model_without_a_tokenizer_gives_a_client_part_without_one(
 
 
 def refusal(*arguments: str | Path) -> str:
-    assert (done := command(*arguments)).exit_code == 2, done.output
+    done = command(*arguments)
+    assert done.exit_code == 2, done.output
     return done.stderr
 
 
@@ -380,16 +381,15 @@ def test_more_than_the_disk_holds_is_refused_before_anything_is_written(
 
 
 def test_a_model_that_cannot_be_certified_is_not_published(checkpoint_of: Checkpoints, tmp_path: Path) -> None:
-    """The rows of this head share a part that is a million times larger than what tells them apart, so that its
-    logits are rounding: no two ways of computing this model agree."""
+    """The rows of this head share a part a million times larger than what tells them apart: its logits are rounding."""
     checkpoint = checkpoint_of(Case("llama", tied=False))
     head = source_tensors(checkpoint)["lm_head.weight"]
     shared = 1e6 * torch.randn(head.shape[1], generator=torch.Generator().manual_seed(1))
     model = broken(checkpoint, tmp_path / "model", **{"lm_head.weight": head + shared})
     done = command(model, "--out", tmp_path / "out", "--home", tmp_path / "home")
     assert done.exit_code == 3, done.output
-    assert "equivalence: got top-1 agreement" in done.stderr
     partial = tmp_path / "out.partial"
+    assert "error: equivalence: " in done.stderr
     assert f"{partial} is kept unpublished: remove it to start anew [integrity_violated] — stop" in done.stderr
     assert (partial / "resume").exists()
     assert not any(path.exists() for path in (tmp_path / "out", partial / "manifest.json"))
