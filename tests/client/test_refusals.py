@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import traceback
@@ -36,6 +37,7 @@ from stip_protocol.errors import (
     Unavailable,
 )
 from stip_stack.tee import Faults
+from tests.client.impostor import Impostor
 
 SECRET = "a zebra crosses the river at midnight"
 MEASUREMENT = bytes(range(32))
@@ -251,7 +253,7 @@ async def test_a_certificate_without_evidence_is_refused(
     )
     pem = certificate.public_bytes(Encoding.PEM)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with recording(ratls.Identity(pem, private, bytes(32)), tmp_path) as server:
+    with contextlib.closing(Impostor(ratls.Identity(pem, private, bytes(32)), tmp_path)) as server:
         await refused(make_profile(server.port), EvidenceMalformed, "certificate")
         assert server.heard == b""
 
@@ -454,12 +456,3 @@ async def lost(connection: stip.AsyncConnection) -> None:
     async with asyncio.timeout(10):
         while channel.continuous:  # noqa: ASYNC110  # the flag is what the promise is about
             await asyncio.sleep(0.01)
-
-
-def recording(identity: ratls.Identity, folder: Path) -> Any:
-    """The impostor of the fixtures, with another certificate."""
-    import contextlib
-    import sys
-
-    kind = next(module.Impostor for module in sys.modules.values() if hasattr(module, "Impostor"))
-    return contextlib.closing(kind(identity, folder))
