@@ -56,7 +56,7 @@ def protect(written: checkpoints.Written, out: Path, preset: str, workers: int |
     options = () if workers is None else ("--workers", str(workers))
     model = str(written.files[0].parent)
     argv = [sys.executable, "-m", "benchmarks.protect_run", model, str(out), preset, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", LARGE_PAGES: "1"}  # as the command does
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", LARGE_PAGES: "1"}  # as the command does
     done = subprocess.run(argv, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return Run(**json.loads(done.stdout))
 
