@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from stip_keyservice.protect.equivalence import tables
 from stip_keyservice.protect.equivalence.certificate import Certificate, Peaks
 from stip_keyservice.protect.equivalence.protected_model import InstanceFiles, PlainModel
 from stip_keyservice.protect.equivalence.routing import MARGIN, Routings
 from stip_keyservice.protect.equivalence.tables import Tables, adjoint
+from stip_keyservice.protect.instance import protect
 from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.errors import CheckpointInvalid, ConfigurationError
 from stip_protocol.keys import (
@@ -71,9 +74,9 @@ def exchange_two(rows: torch.Tensor) -> None:
 
 def zero_unused(rows: torch.Tensor) -> None:
     """All rows but those of the ids that are drawn by seed 0."""
-    seen = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0)).unique()
+    seen = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
     unused = torch.ones(len(rows), dtype=torch.bool)
-    unused[seen] = False
+    unused[seen.flatten()] = False
     assert unused.any()
     rows[unused] = 0
 
@@ -239,6 +242,21 @@ def test_a_configuration_that_transformers_refuses_is_refused(fields: dict[str, 
     laid = configured(tmp_path, **fields)
     with pytest.raises(CheckpointInvalid, match=r"config\.json: got one that transformers refuses"):
         PlainModel(laid.source, laid.planned, torch.float32)
+
+
+def test_protect_refuses_such_a_configuration_before_it_writes(tmp_path: Path) -> None:
+    model = configured(tmp_path, id2label=5).source.directory
+    stages: list[str] = []
+    with pytest.raises(CheckpointInvalid, match="config"):
+        protect(
+            model,
+            tmp_path / "instance",
+            preset="hardened",
+            developer=Ed25519PrivateKey.generate(),
+            seal_to=X25519PrivateKey.generate().public_key(),
+            progress=lambda stage, done, total: stages.append(stage),
+        )
+    assert set(stages) == {"keys"}
 
 
 def test_a_sequence_that_memory_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from stip_keyservice.protect.client_part import stop_ids_of, write_client_part
 from stip_keyservice.protect.configuration import require_same_meaning
 from stip_keyservice.protect.equivalence.certificate import Certificate
 from stip_keyservice.protect.equivalence.certification import SAMPLES_LIMIT, Certification
-from stip_keyservice.protect.equivalence.protected_model import InstanceFiles
+from stip_keyservice.protect.equivalence.protected_model import InstanceFiles, require_loadable
 from stip_keyservice.protect.parts import Digests, write_parts
 from stip_keyservice.protect.plan import Plan, plan
 from stip_keyservice.protect.presets import preset as preset_named
@@ -163,6 +163,7 @@ def _planned(source: Checkpoint, inputs: Inputs, identity: InstanceSecrets, stag
             accept_token_cipher=inputs.accept_token_cipher,
         )
         require_same_meaning(source.config, planned)
+        require_loadable(source, planned)
         advance(1)
     stop_ids_of(source, planned.vocabulary)
     return planned

@@ -22,6 +22,7 @@ from stip_keyservice.protect.equivalence.streamed_model import (
     Observe,
     Route,
     StreamedModel,
+    multiply,
     unrouted,
 )
 from stip_keyservice.protect.equivalence.weights import Alter, Weights, as_stored
@@ -103,6 +104,14 @@ class PlainModel:
     def logits(self, ids: torch.Tensor, observe: Observe, route: Route = unrouted) -> torch.Tensor:
         """[samples, length, vocabulary] logits of ids [samples, length]."""
         return self._model(observe, route, input_ids=ids)
+
+
+def require_loadable(source: Checkpoint, planned: Plan) -> None:
+    """Raise `CheckpointInvalid` where transformers cannot build the model of `planned` from the source's folder.
+
+    Reads no tensor: for before the long work, not after it.
+    """
+    PlainModel(source, planned, getattr(torch, planned.dtype))
 
 
 class ProtectedModel:
@@ -189,7 +198,7 @@ class ProtectedModel:
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         logits = states.new_empty((*states.shape[:-1], self._files.vocabulary))
         for start, rows in self._blocks(HEAD):
-            logits[..., start : start + len(rows)] = states @ rows.T
+            multiply(states, rows, logits[..., start : start + len(rows)])
         if HEAD_BIAS in self._tables:
             for start, bias in self._blocks(HEAD_BIAS):
                 logits[..., start : start + len(bias)] += bias

@@ -25,8 +25,8 @@ from stip_protocol.errors import CheckpointInvalid
 
 ENTRY, FINAL = "entry", "final norm"
 """Names of what is observed before the first layer and after the last norm; between them `layer 0`, `layer 1`, ..."""
-BLOCK_BYTES = 64 << 20
-"""Bytes of a head's row block."""
+BLOCK_BYTES = 16 << 20
+"""Bytes of a head's row block, and of its products."""
 
 Observe = Callable[[str, torch.Tensor], None]
 """Told (name, hidden states [samples, length, d]) as a pass goes on."""
@@ -152,8 +152,8 @@ class StreamedModel:
         for start in range(0, module.out_features, step):
             stop = min(start + step, module.out_features)
             rows = self._weights.rows(f"{name}.weight", start, stop)
-            out[..., start:stop] = nn.functional.linear(states, rows, None if bias is None else bias[start:stop])
-        return out
+            multiply(states, rows, out[..., start:stop])
+        return out if bias is None else out.add_(bias)
 
     def _entered(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._observe(ENTRY, inputs[0] if inputs else named["hidden_states"])
@@ -230,6 +230,13 @@ def _drop(module: nn.Module, inputs: Any, output: Any) -> None:
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def multiply(states: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """states·rowsᵀ into `out`, a view of wider logits: some columns at a time, since products are whole tensors."""
+    step = max(1, BLOCK_BYTES * states.shape[-1] // (states.numel() * states.itemsize))
+    for start in range(0, len(rows), step):
+        out[..., start : start + step] = states @ rows[start : start + step].T
 
 
 def unseen(name: str, states: torch.Tensor) -> None:
