@@ -12,6 +12,7 @@ import torch
 
 from stip_keyservice.home import Home
 from stip_keyservice.protect.instance import protect
+from stip_keyservice.protect.storage.memory import bound
 
 from .decoders import DECODERS
 
@@ -71,3 +72,33 @@ def test_a_certificate_holds_a_small_part_of_the_model(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     libraries, peak = json.loads(ended.stdout)
     assert peak - libraries < size / 2, f"{peak - libraries} of {size} bytes"
+
+
+PROTECT = """
+import json, sys
+from pathlib import Path
+from stip_keyservice.home import Home
+from stip_keyservice.protect.instance import protect
+
+home = Home.open(Path(sys.argv[1]))
+protect(
+    Path(sys.argv[2]), Path(sys.argv[3]), preset="hardened", developer=home.developer,
+    seal_to=home.sealing.public_key(), samples=4,
+)
+line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps(int(line.split()[1]) * 1024))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: the peak is read from /proc")
+def test_a_protection_with_its_certificate_keeps_to_the_promised_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a child: a large vocabulary, whose logits are much larger than the model."""
+    monkeypatch.setattr("tests.protect.decoders.VOCABULARY", 256_000)
+    model = DECODERS["llama"].store(tmp_path / "model", torch.bfloat16, hidden_size=96, num_hidden_layers=1)
+    arguments = [str(tmp_path / name) for name in ("home", "model", "instance")]
+    ended = subprocess.run([sys.executable, "-c", PROTECT, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    promised = bound((model / "model.safetensors").stat().st_size)
+    assert json.loads(ended.stdout) <= promised

@@ -106,6 +106,21 @@ def test_the_table_shows_both_dtypes(made: Make, dtype: torch.dtype) -> None:
         assert text in result.stdout
     assert "Random: 4 sequences, 256 positions; same top-1" in result.stdout
     assert "Equivalent: rms" in result.stdout
+    for text in ("Enclave's embedding: all 173 rows", "Enclave's head: all 173 rows", "of 80 positions"):
+        assert text in result.stdout
+
+
+def test_the_certificate_tells_what_was_compared(made: Make) -> None:
+    found = json.loads(made(GPT2, "hardened").run("--json").stdout)["certificate"]
+    assert {table["name"]: table["rows"] for table in found["tables"]} == {
+        "embedding": 151,
+        "positions": 48,
+        "head": 151,
+        "head_bias": 151,
+    }
+    assert (found["coverage"]["length"], found["coverage"]["max_positions"]) == (48, 48)
+    assert 0 < found["coverage"]["ids"] <= found["coverage"]["vocabulary"] == 151
+    assert (found["undecided"], found["coverage"]["experts"]) == (0, 0)
 
 
 def test_given_ids_are_compared_too(made: Make, tmp_path: Path) -> None:
