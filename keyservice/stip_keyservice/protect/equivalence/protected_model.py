@@ -109,9 +109,10 @@ class PlainModel:
 def require_loadable(source: Checkpoint, planned: Plan) -> None:
     """Raise `CheckpointInvalid` where transformers cannot build the model of `planned` from the source's folder.
 
-    Reads no tensor: for before the long work, not after it.
+    Reads no tensor and allocates none, however large: for before the long work, not after it.
     """
-    PlainModel(source, planned, getattr(torch, planned.dtype))
+    with torch.device("meta"):
+        PlainModel(source, planned, getattr(torch, planned.dtype))
 
 
 class ProtectedModel:
