@@ -48,6 +48,18 @@ def test_rows_and_spans_are_those_of_the_flattened_tensor(checkpoint: Checkpoint
         assert torch.equal(rows, flat[start:stop])
 
 
+@pytest.mark.parametrize(("name", "flat"), [("stack", STACK.reshape(6, 4)), ("matrix", MATRIX), ("vector", VECTOR)])
+def test_the_disk_is_asked_for_the_bytes_of_the_rows_that_are_expected(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, flat: torch.Tensor
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, begin, size, advice: asked.append((begin, size)))
+    checkpoint.expect(name, 1, 4)
+    ((begin, size),) = asked
+    stored_bytes = (checkpoint.directory / WEIGHTS).read_bytes()[begin : begin + size]
+    assert stored_bytes == flat[1:4].contiguous().view(torch.uint8).numpy().tobytes()
+
+
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 8)])
 def test_rows_that_a_tensor_has_not_are_an_error(checkpoint: Checkpoint, start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="of 7"):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from stip_keyservice.protect.plan import Output, Plan
 from stip_keyservice.protect.progress import Stages
 from stip_keyservice.protect.storage.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, Checkpoint
@@ -27,6 +29,9 @@ from stip_keyservice.protect.storage.writer import (
 from stip_protocol.manifest import FileDigest
 from stip_protocol.sealed import SealedStream
 from stip_protocol.secrets_file import InstanceSecrets, grant_of
+
+READ_AHEAD = 2
+"""Outputs between the one that is computed and the one whose source the disk is asked for."""
 
 Digests = dict[str, FileDigest]
 """Of what was written, taken while it was written, by name in a part's folder."""
@@ -59,7 +64,7 @@ def write_parts(
     workspace.require_space(sum(file.nbytes for file in missing))
     if workers is None:
         workers = default_workers(source.headers, source.largest_shard, planned.residual_width)
-    compute: Compute = lambda output, rows: planned.compute(output, source, rows)  # noqa: E731
+    compute = _reading_ahead(planned, source, [output for file in missing for output in file.outputs])
     for part, files in parts.items():
         total = sum(file.nbytes for file in files)
         before = sum(file.nbytes for file in files if file.name in journal.listed)
@@ -82,6 +87,19 @@ def enclave_files(planned: Plan, source: Checkpoint, secrets: InstanceSecrets) -
         TensorFile(f"enclave/{output.name}.sealed", (output,), partial(_sealed, secrets, f"{output.name}.sealed"))
         for output in in_file_order(planned.enclave, planned, source)
     ]
+
+
+def _reading_ahead(planned: Plan, source: Checkpoint, outputs: Sequence[Output]) -> Compute:
+    """Computes row blocks of `outputs`, which come in this order, and has the disk read what comes after them."""
+    following = dict(zip(outputs, outputs[READ_AHEAD:], strict=False))
+
+    def compute(output: Output, rows: slice) -> torch.Tensor:
+        soon = following.get(output)
+        if rows.start == 0 and soon and (place := planned.namesake(soon)):
+            source.expect(place.name, place.start, place.stop)
+        return planned.compute(output, source, rows)
+
+    return compute
 
 
 def in_file_order(outputs: Sequence[Output], planned: Plan, source: Checkpoint) -> list[Output]:

@@ -94,6 +94,15 @@ class Checkpoint:
         nbytes = (stop - start) * math.prod(_matrix_form(header.shape)[1]) * ITEM_BYTES[header.dtype]
         return self._spans.get((name, start, stop), nbytes, lambda: self.rows(name, start, stop))
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Let the disk begin with rows that will be asked for soon, while others are computed with."""
+        header, shard = self.headers[name], self._shards[self._shard_of[name]]
+        row_bytes = math.prod(_matrix_form(header.shape)[1]) * ITEM_BYTES[header.dtype]
+        if hasattr(os, "posix_fadvise"):
+            with opened(shard.path) as file:
+                begin = shard.offsets[name] + start * row_bytes
+                os.posix_fadvise(file.fileno(), begin, (stop - start) * row_bytes, os.POSIX_FADV_WILLNEED)
+
     def let_go(self) -> None:
         """Keep no span any longer."""
         self._spans.clear()
