@@ -30,7 +30,7 @@ from stip_protocol.manifest import FileDigest
 from stip_protocol.sealed import SealedStream
 from stip_protocol.secrets_file import InstanceSecrets, grant_of
 
-READ_AHEAD = 2
+READ_AHEAD = 8
 """Outputs between the one that is computed and the one whose source the disk is asked for."""
 
 Digests = dict[str, FileDigest]
