@@ -174,6 +174,13 @@ ALLOWED: Mapping[str, Mapping[str, set[str]]] = {
     f"{PROTECT}/equivalence/inputs.py": {
         "seeded sample inputs": {"torch.randint", "torch.Generator", ".manual_seed"},
     },
+    f"{PROTECT}/equivalence/tables.py": {
+        "seeded directions in which rows of two tables are compared": {
+            "torch.randn",
+            "torch.Generator",
+            ".manual_seed",
+        },
+    },
     f"{PROTECT}/equivalence/weights.py": {
         "seeded jitter within the rounding": {"torch.rand", "torch.Generator", ".manual_seed"},
     },

@@ -13,7 +13,7 @@ from stip_keyservice.protect.plan import Output, Plan
 from stip_keyservice.protect.progress import Stages
 from stip_keyservice.protect.storage.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, Checkpoint
 from stip_keyservice.protect.storage.journal import Journal
-from stip_keyservice.protect.storage.memory import default_workers
+from stip_keyservice.protect.storage.memory import default_workers, give_back
 from stip_keyservice.protect.storage.workspace import JOURNAL, Workspace
 from stip_keyservice.protect.storage.writer import (
     SHARD_BYTES,
@@ -71,6 +71,7 @@ def write_parts(
         with stages.stage(part, total, before) as advance:
             write_files(workspace.folder, files, compute, workers=workers, journal=journal, advance=advance)
     source.let_go()
+    give_back()
     digests = {part: {Path(file.name).name: journal.listed[file.name] for file in parts[part]} for part in parts}
     digests["server"] |= write_server_documents(workspace.folder / "server", planned, parts["server"])
     return digests
