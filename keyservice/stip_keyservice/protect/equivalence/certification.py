@@ -54,7 +54,7 @@ BATCH_BYTES = 1 << 30
 """Most bytes of a batch's hidden states and logits."""
 BATCH_ROWS = 4096
 """Positions of the largest batch: bounds what is alive inside one layer."""
-WORK_BYTES = 800_000_000
+WORK_BYTES = 600_000_000
 """Of what is held beside layers and batches: row blocks of a head, blocks of comparisons, figures of ids, and what
 the allocator keeps of earlier ones."""
 
