@@ -25,7 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from benchmarks import checkpoints, machine, protection_report
 from benchmarks.protect_run import Run
 from benchmarks.protection_report import Copy, Protection, Results
-from stip_keyservice.protect.commands.protect import LARGE_PAGES
+from stip_keyservice.protect.commands.process import BLAS_THREADS, LARGE_PAGES
 
 DOCS = machine.ROOT / "docs" / "benchmarks"
 PRESETS = ("paper", "hardened")
@@ -56,7 +56,7 @@ def protect(written: checkpoints.Written, out: Path, preset: str, workers: int |
     options = () if workers is None else ("--workers", str(workers))
     model = str(written.files[0].parent)
     argv = [sys.executable, "-m", "benchmarks.protect_run", model, str(out), preset, *options]
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", LARGE_PAGES: "1"}  # as the command does
+    environment = os.environ | {BLAS_THREADS: "1", LARGE_PAGES: "1"}  # as the command does
     done = subprocess.run(argv, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return Run(**json.loads(done.stdout))
 

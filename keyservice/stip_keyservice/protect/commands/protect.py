@@ -7,26 +7,25 @@ do without them.
 from __future__ import annotations
 
 import json
-import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.progress import STAGES, Lines, amount, rate_of
+from stip_keyservice.protect.commands.process import bars, fail, prepare, refuse_core_dumps, say
+from stip_keyservice.protect.progress import STAGES, Lines, amount, rate_of, silent
 from stip_keyservice.protect.progress import Progress as Callback
 from stip_keyservice.protect.storage.workspace import RECORD, partial_of
-from stip_protocol.errors import Cancelled, ConfigurationError, IntegrityError, StipError
+from stip_protocol.errors import Cancelled, StipError
 from stip_protocol.manifest import Preset
 from stip_protocol.runtime.files import read_x25519
 
@@ -34,13 +33,8 @@ if TYPE_CHECKING:
     from stip_keyservice.protect.instance import Protected
 
 MANIFEST = "manifest.json"
-EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
-LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Read by torch when it first allocates: large arrays in large pages, where the system offers them (`madvise` in
-/sys/kernel/mm/transparent_hugepage/enabled). Row blocks come and go, and small pages cost a fault for every 4 KiB."""
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-"""Read by NumPy's OpenBLAS when it is loaded. It draws keys, and its threads wait by spinning: on a machine with other
-work two took twenty times as long as one. Everything else here is parallel over row blocks, or by torch's threads."""
+TITLES = 14
+"""Columns of the longest title of a stage."""
 EXIT_SIGNAL = 128
 """Plus the number of the signal that stopped the command, as shells report it."""
 
@@ -150,7 +144,7 @@ def protect(
     Next: register the instance with `stip-keyservice instances add`, give `manifest.json`, its signature and
     `server/` to the operator, `enclave/` to wherever enclaves fetch it, and `client/` to your users.
     """
-    _refuse_core_dumps()
+    refuse_core_dumps()
     found = (out / MANIFEST).exists()
     try:
         partial_of(out)
@@ -172,7 +166,7 @@ def protect(
                 progress=progress,
             )
     except StipError as error:
-        _fail(error, as_json)
+        fail(error, as_json)
     except _Stopped as stopped:
         _leave(stopped, out, as_json, found)
     if as_json:
@@ -182,23 +176,11 @@ def protect(
 
 
 def _protection() -> Callable[..., Protected]:
-    """`instance.protect`, with the loaded libraries' own messages and bars turned off."""
-    for name in (LARGE_PAGES, BLAS_THREADS):
-        os.environ.setdefault(name, "1")
-    from transformers.utils import logging
-
+    """`instance.protect`, loaded when the command runs."""
+    prepare()
     from stip_keyservice.protect.instance import protect as protect_checkpoint
 
-    messages: Any = logging
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
     return protect_checkpoint
-
-
-def _refuse_core_dumps() -> None:
-    """The root secret and the keys are in this process's memory: no copy of that goes to the disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 class _Bars:
@@ -224,17 +206,10 @@ class _Bars:
 def _progress(quiet: bool) -> Iterator[Callback]:
     """Bars on a terminal, lines elsewhere."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Lines((lambda line: None) if quiet else lambda line: click.echo(line, err=True))
+    if quiet or not console.is_terminal:
+        yield silent if quiet else Lines(lambda line: click.echo(line, err=True))
         return
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=quiet) as progress:
+    with bars(console, TITLES) as progress:
         yield _Bars(progress)
 
 
@@ -271,7 +246,7 @@ def _leave(stopped: _Stopped, out: Path, as_json: bool, found: bool) -> NoReturn
         rest = ": run the same command again to tidy up" if (out / RECORD).exists() else ""
         left = f"; {out} is whole and published{rest}"
     error = Cancelled(f"stopped by {signal.Signals(stopped.number).name}{left}")
-    _say(error, as_json)
+    say(error, as_json)
     sys.exit(EXIT_SIGNAL + stopped.number)
 
 
@@ -328,16 +303,3 @@ def _show(result: Protected) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def _fail(error: StipError, as_json: bool) -> NoReturn:
-    _say(error, as_json)
-    codes = {ConfigurationError: EXIT_INPUT, IntegrityError: EXIT_NOT_EQUIVALENT}
-    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
-
-
-def _say(error: StipError, as_json: bool) -> None:
-    """One line: what is wrong, the stable code, what to do."""
-    if as_json:
-        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "action": error.action}}))
-    click.echo(f"error: {error} — {error.action.replace('_', ' ')}", err=True)

@@ -1,6 +1,6 @@
 """`stip-keyservice verify-equivalence`: the equivalence certificate again, on other inputs or a moved instance.
 
-Torch and transformers are imported when the command runs, as in `commands`.
+Torch and transformers are imported when the command runs, as in `protect`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.commands.protect import EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT
-from stip_keyservice.protect.progress import Lines, rate_of, silent
-from stip_keyservice.protect.progress import Progress as Callback
-from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
+from stip_keyservice.protect.commands.process import EXIT_NOT_EQUIVALENT, bars, fail, prepare, refuse_core_dumps
+from stip_keyservice.protect.progress import Lines, Progress, rate_of, silent
+from stip_protocol.errors import StipError
 from stip_protocol.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -98,6 +96,7 @@ def verify_equivalence(
     the same inputs, a layer at a time: models larger than memory can be compared. Prints how far they differ after
     every layer and in the logits, relative to the spread of the values there, and whether both pick the same ids.
     """
+    refuse_core_dumps()
     try:
         opened = Home.open(home)
         with _layers(quiet) as progress:
@@ -113,7 +112,7 @@ def verify_equivalence(
                 progress=progress,
             )
     except StipError as error:
-        _fail(error, as_json)
+        fail(error, as_json)
     if as_json:
         click.echo(json.dumps(_report(manifest, certificate)))
     elif not quiet:
@@ -124,39 +123,28 @@ def verify_equivalence(
 
 
 def _verification() -> Callable[..., tuple[Manifest, Certificate]]:
-    """`equivalence.verify`, with the loaded libraries' own messages and bars turned off."""
-    from transformers.utils import logging
-
+    """`equivalence.verification.verify`, loaded when the command runs."""
+    prepare()
     from stip_keyservice.protect.equivalence.verification import verify
 
-    messages: Any = logging
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
     return verify
 
 
 @contextmanager
-def _layers(quiet: bool) -> Iterator[Callback]:
+def _layers(quiet: bool) -> Iterator[Progress]:
     """How many layers have run, with rate and time left: a bar on a terminal's stderr, else a line now and then."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield silent if quiet else Lines(lambda line: click.echo(line, err=True))
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task("Signature and digests", total=None, rate="")
+    with bars(console) as shown:
+        task = shown.add_task("Signature and digests", total=None, rate="")
 
         def progress(stage: str, done: int, total: int) -> None:
             if not done:
-                bars.reset(task, total=total, description="Layers")
-            speed = bars.tasks[task].speed
-            bars.update(task, completed=done, rate=rate_of(stage, speed) if speed else "")
+                shown.reset(task, total=total, description="Layers")
+            speed = shown.tasks[task].speed
+            shown.update(task, completed=done, rate=rate_of(stage, speed) if speed else "")
 
         yield progress
 
@@ -237,12 +225,3 @@ def _coverage(certificate: Certificate) -> Iterator[str]:
     yield f"Run: {reached.ids} of {reached.vocabulary} ids, {positions}"
     if reached.experts:
         yield f"Experts: {reached.experts_reached} of {reached.experts} were sent a position"
-
-
-def _fail(error: StipError, as_json: bool) -> NoReturn:
-    """One line: what is wrong, the stable code, what to do."""
-    if as_json:
-        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "action": error.action}}))
-    click.echo(f"error: {error} — {error.action.replace('_', ' ')}", err=True)
-    codes = {ConfigurationError: EXIT_INPUT, IntegrityError: EXIT_NOT_EQUIVALENT}
-    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED))
