@@ -26,8 +26,8 @@ from stip_keyservice.protect.equivalence.streamed_model import (
     unrouted,
 )
 from stip_keyservice.protect.equivalence.weights import Alter, Weights, as_stored
-from stip_keyservice.protect.folding import TORCH_DTYPE
-from stip_keyservice.protect.plan import EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Output, Plan
+from stip_keyservice.protect.folding import TORCH_DTYPE, Stored
+from stip_keyservice.protect.plan import EMBEDDING, HEAD, HEAD_BIAS, POSITIONS, Plan
 from stip_keyservice.protect.storage.checkpoint import Checkpoint
 from stip_protocol.errors import CheckpointInvalid, IntegrityError, SealedPartInvalid
 from stip_protocol.keys import vocabulary_key
@@ -170,7 +170,8 @@ class ProtectedModel:
         whole = {output.name for output in self._plan.server}
         bare = not any(name.startswith(architecture.prefix) for name in whole)
         stored = {
-            (architecture.prefix + output.name if bare else output.name): _Whole(output) for output in self._plan.server
+            (architecture.prefix + output.name if bare else output.name): Stored(output.name, 0, output.shape[0])
+            for output in self._plan.server
         }
         return Weights(server, stored, architecture.fused, self._dtype, IntegrityError, self._alter, "server part")
 
@@ -206,25 +207,6 @@ class ProtectedModel:
         if (cap := self._plan.logit_cap) is not None:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """A tensor of the server part, all of it, as a place."""
-
-    output: Output
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
-    def start(self) -> int:
-        return 0
-
-    @property
-    def stop(self) -> int:
-        return self.output.shape[0]
 
 
 class _FinalNorm(TypedDict):

@@ -11,10 +11,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
+from stip_keyservice.protect.folding import Stored, TensorSource
 from stip_protocol.errors import StipError
 
 Alter = Callable[[str, torch.Tensor], None]
@@ -24,24 +24,6 @@ READ_VALUES = 1 << 18
 """Values that are read at once into memory that is there: more, given back, would be kept by an allocator."""
 ALTERED_VALUES = 1 << 22
 """Values that are altered at once."""
-
-
-class RowSource(Protocol):
-    """Stored tensors by name, seen as rows: a tensor of three axes has its first two flattened. What is given is the
-    caller's."""
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
-
-
-class Place(Protocol):
-    """Rows [start, stop) of the stored tensor `name`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
 
 
 def as_stored(name: str, rows: torch.Tensor) -> None:
@@ -57,8 +39,8 @@ class Weights:
     raises.
     """
 
-    source: RowSource
-    stored: Mapping[str, Place]
+    source: TensorSource
+    stored: Mapping[str, Stored]
     fused: Mapping[str, tuple[str, ...]]
     dtype: torch.dtype
     refusal: type[StipError]
@@ -144,5 +126,5 @@ def moved_within_rounding(dtype: torch.dtype, seed: int, rounded: Callable[[str]
     return move
 
 
-def _length(place: Place) -> int:
+def _length(place: Stored) -> int:
     return place.stop - place.start

@@ -163,7 +163,6 @@ def experts(
     router: str,
     modules: Callable[[int], tuple[str, str, str]],
     fused: tuple[str, str],
-    width: int,
     residual: Port,
     norm: str | None,
     activation: After,
@@ -171,7 +170,6 @@ def experts(
     """A router and `count` gated feed-forwards (Shazeer et al., arXiv 1701.06538).
 
     `modules(e)`: gate, up and down of expert e on disk. `fused`: what holds gates with ups, and downs, in memory.
-    `width` is that of the residual.
     """
     space = draft.space(f"{layer}.experts", count, Layout.INDEX)
     draft.dense(f"{layer}.router", router, residual, space, norm=norm, after=After.ROUTING)
@@ -183,7 +181,7 @@ def experts(
             size,
             whole(gate, size),
             whole(up, size),
-            whole(down, width),
+            whole(down, draft.width(residual)),
             residual=residual,
             norm=norm,
             activation=activation,

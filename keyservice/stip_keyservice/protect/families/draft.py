@@ -74,7 +74,7 @@ class Draft:
         transposed: bool = False,
     ) -> None:
         """A linear map that is one stored matrix, `module`.weight, and one vector, `module`.bias."""
-        whole = ((0, self._width(writes)),)
+        whole = ((0, self.width(writes)),)
         self.linear(
             name,
             Slab(f"{module}.weight", whole, transposed),
@@ -116,7 +116,8 @@ class Draft:
             **facts,
         )
 
-    def _width(self, port: Port) -> int:
+    def width(self, port: Port) -> int:
+        """Dimensions that a port joins."""
         return self._spaces[port.space].width(port.width)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,7 +130,7 @@ class Draft:
         for slab in (slab for linear in self._linears for slab in (linear.weight, linear.bias) if slab):
             ends[slab.tensor] = max(ends.get(slab.tensor, 0), *(stop for _, stop in slab.ranges))
         for linear in self._linears:
-            out, into = ends[linear.weight.tensor], self._width(linear.reads)
+            out, into = ends[linear.weight.tensor], self.width(linear.reads)
             shapes[linear.weight.tensor] = (into, out) if linear.weight.transposed else (out, into)
             if linear.bias:
                 shapes[linear.bias.tensor] = (ends[linear.bias.tensor],)

@@ -50,7 +50,6 @@ def _experts(fields: MixtralFields, draft: Draft, layer: rotary.Layer, norm: str
         router=f"{stored}.gate",
         modules=modules,
         fused=(f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj"),
-        width=fields.hidden_size,
         residual=layer.residual,
         norm=norm,
         activation=ACTIVATIONS[fields.hidden_act],

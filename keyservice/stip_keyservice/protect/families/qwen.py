@@ -142,7 +142,6 @@ def _with_shared_expert(fields: Qwen2MoeFields, draft: Draft, layer: rotary.Laye
         name=f"{layer.name}.shared_expert",
         module=f"{layer.module}.mlp.shared_expert",
         size=fields.shared_expert_intermediate_size,
-        width=fields.hidden_size,
         bias=False,
         after=ACTIVATIONS[fields.hidden_act],
     )
@@ -167,7 +166,6 @@ def _sparse(fields: MoeFields, draft: Draft, layer: rotary.Layer, norm: str) -> 
             name=layer.name,
             module=module,
             size=fields.intermediate_size,
-            width=fields.hidden_size,
             bias=False,
             after=activation,
         )
@@ -185,7 +183,6 @@ def _sparse(fields: MoeFields, draft: Draft, layer: rotary.Layer, norm: str) -> 
         router=f"{module}.gate",
         modules=modules,
         fused=(f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj"),
-        width=fields.hidden_size,
         residual=layer.residual,
         norm=norm,
         activation=activation,

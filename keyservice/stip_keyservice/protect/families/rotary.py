@@ -148,16 +148,16 @@ def expand(fields: RotaryFields, traits: Traits) -> Architecture:
 
 
 def dense_feed_forward(
-    draft: Draft, layer: Layer, norm: str, *, name: str, module: str, size: int, width: int, bias: bool, after: After
+    draft: Draft, layer: Layer, norm: str, *, name: str, module: str, size: int, bias: bool, after: After
 ) -> None:
-    """gate_proj, up_proj and down_proj under `module`. `width` is that of the residual."""
+    """gate_proj, up_proj and down_proj under `module`."""
     gated_feed_forward(
         draft,
         name,
         size,
         whole(f"{module}.gate_proj", size, bias=bias),
         whole(f"{module}.up_proj", size, bias=bias),
-        whole(f"{module}.down_proj", width, bias=bias),
+        whole(f"{module}.down_proj", draft.width(layer.residual), bias=bias),
         residual=layer.residual,
         norm=norm,
         activation=after,
@@ -200,7 +200,6 @@ def _layer(draft: Draft, layer: Layer, fields: RotaryFields, traits: Traits) -> 
             name=layer.name,
             module=f"{module}.mlp",
             size=fields.intermediate_size,
-            width=fields.hidden_size,
             bias=traits.mlp_bias,
             after=traits.after,
         )
