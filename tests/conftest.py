@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
+"""tests/vllm needs an environment of its own, and has a command of its own: `make test-vllm`."""
 ACCEPTED_SKIPS = ("STIP_DCAP_VECTORS", "gramine-direct", "SGX", "GPU")
 """Words that the reason of an accepted skip names: hardware and material that CI may lack."""
 

@@ -1,11 +1,13 @@
 """The `stip` command.
 
-Exit codes: 0 done (and, for `verify`, verified), 1 the enclave is unavailable or broke off, 2 configuration or
-usage, 3 refused (attestation, integrity, release), 130 interrupted.
+Exit codes: 0 done (and, for `verify`, verified), 1 the enclave is unavailable, busy or broke off (the error's line
+says "try again in N s" where the enclave names a time), 2 configuration or usage, 3 refused (attestation, integrity,
+release), 130 interrupted.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 
@@ -58,8 +60,9 @@ def group() -> None:
       stip generate --profile P.toml "Once upon a time"
       stip chat --profile P.toml     a conversation
 
-    A profile names enclave, instance, keys and policy. Exit codes: 0 done, 1 unavailable, 2 configuration or
-    usage, 3 refused, 130 interrupted. NO_COLOR is respected.
+    A profile names enclave, instance, keys and policy. Exit codes: 0 done, 1 unavailable or busy (the error says
+    when to try again, where the enclave does), 2 configuration or usage, 3 refused, 130 interrupted. NO_COLOR is
+    respected.
     """
 
 
@@ -69,15 +72,21 @@ group.add_command(generate.generate)
 group.add_command(chat.chat)
 
 
+def _advice(error: StipError) -> str:
+    """What to do now, and when, where whoever refused has said so."""
+    when = "" if error.retry_after is None else f" in {math.ceil(error.retry_after)} s"
+    return ADVICE[error.action] + (when if error.action is Action.RETRY else "")
+
+
 def main() -> None:
     """Entry point: every error is one line with its code and what to do."""
     try:
-        code = group(standalone_mode=False)
+        code = group(prog_name="stip", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except StipError as error:
-        click.echo(f"stip: {error}: {ADVICE[error.action]}", err=True)
+        click.echo(f"stip: {error}: {_advice(error)}", err=True)
         sys.exit(next(code for kind, code in EXITS if isinstance(error, kind)))
     except (click.Abort, KeyboardInterrupt):
         click.echo("stip: interrupted", err=True)

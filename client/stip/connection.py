@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 import time
 import weakref
@@ -28,14 +29,21 @@ from stip_protocol.errors import (
     DeadlineExceeded,
     IntegrityError,
     ManifestMismatch,
+    RequestInvalid,
     SimulatedEvidenceRefused,
     StipError,
 )
 from stip_protocol.release import Delegation
 
 T = TypeVar("T")
-RETRY_PAUSES = (0.2, 0.8)
-"""Seconds before the second and third attempt to connect or to open a session."""
+OPEN_RETRIES = 2
+"""Further attempts to connect or to open a session, as clients of HTTP services expect them (the SDKs of the OpenAI
+API retry twice)."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 8.0
+"""Seconds before the second attempt, where the enclave does not say; four times more before each further one, up to
+the longest."""
+SPREAD = 0.1
+"""The share that is added to a pause at random, so that those who were refused together do not come back together."""
 CONNECT_SECONDS = 30.0
 RENEW_BEFORE = 0.25
 """The share of a delegation's life before its end at which a new one is signed, after a new verification."""
@@ -119,7 +127,7 @@ class AsyncConnection:
     async def open(self, *, timeout: float) -> None:
         """Verify, then be usable. Called by `aconnect`."""
         deadline = time.monotonic() + timeout
-        await _retried(lambda: self._verify(deadline), deadline)
+        await _retried(lambda: self._verify(deadline), deadline, OPEN_RETRIES)
         if self.verification.simulated:
             _warn()
 
@@ -128,16 +136,26 @@ class AsyncConnection:
         await self._verify(time.monotonic() + timeout)
         return self.verification
 
-    async def session(self, *, max_positions: int = 0, timeout: float = CONNECT_SECONDS) -> AsyncSession:
+    async def session(
+        self, *, max_positions: int = 0, timeout: float = CONNECT_SECONDS, open_retries: int = OPEN_RETRIES
+    ) -> AsyncSession:
         """A new session of at most `max_positions` tokens, prompt and answer together (0: the instance's own).
 
+        Where the enclave is busy or away, opening is tried `open_retries` times more: after the time that it names,
+        else after a growing pause, and only within `timeout`. An error that is raised has `retry_after` where the
+        enclave named one. Opening carries nothing of a prompt; a turn is never tried again by itself, because it
+        may have begun.
+
         Where the transport was interrupted since the last verification, the enclave is verified again first.
-        Raises `ChannelChanged` where another certificate answers by now, and what the enclave reports.
+        Raises `RequestInvalid`, `ChannelChanged` where another certificate answers by now, and what the enclave
+        reports.
         """
+        if open_retries < 0:
+            raise RequestInvalid.because("open_retries", open_retries, "0 or more")
 
         async def reopen() -> Stream:
             deadline = time.monotonic() + timeout
-            return await _retried(lambda: self._open_stream(max_positions, deadline), deadline)
+            return await _retried(lambda: self._open_stream(max_positions, deadline), deadline, open_retries)
 
         session = AsyncSession(reopen, await reopen(), self.tokenizer)
         self._sessions.add(session)
@@ -258,17 +276,26 @@ def _left(deadline: float) -> float:
     return left
 
 
-async def _retried(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
-    """`attempt`, again twice where its error says retry. For what carries nothing of a prompt, and only that."""
-    for pause in RETRY_PAUSES:
+async def _retried(attempt: Callable[[], Awaitable[T]], deadline: float, retries: int) -> T:
+    """`attempt`, and `retries` times more where its error says retry. For what carries nothing of a prompt, and only
+    that. What there is no time left to wait for is raised at once.
+    """
+    for tried in range(retries):
         try:
             return await attempt()
         except StipError as error:
             final = isinstance(error, DeadlineExceeded | Cancelled) or error.action is not Action.RETRY
+            pause = _pause(tried, error.retry_after)
             if final or time.monotonic() + pause >= deadline:
                 raise
         await asyncio.sleep(pause)
     return await attempt()
+
+
+def _pause(tried: int, retry_after: float | None) -> float:
+    """Seconds before the next attempt."""
+    pause = min(FIRST_PAUSE * 4 ** min(tried, 8), LONGEST_PAUSE) if retry_after is None else retry_after
+    return pause * (1 + SPREAD * random.random())  # noqa: S311 - not a secret
 
 
 def _warn() -> None:

@@ -8,19 +8,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stip_protocol.errors import RequestInvalid
+from stip_protocol.fields import ID_BYTES, STOP_IDS
 from stip_protocol.tensor import FRAME_LIMIT
 from stip_protocol.wire import enclave_pb2
 
-ID_BYTES = 4
-"""An id on the wire: uint32, little-endian."""
 SEED_BITS = 64
 MAX_TOKENS_LIMIT = 2**31 - 1
-STOP_IDS_LIMIT = 1024
+DRAFTS_LIMIT = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """One turn's sampling. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+
+    `drafts` tokens at most are guessed ahead a round trip, from repetition in the session's text; 0 is off. The answer
+    is the same, sooner where the text repeats itself. The operator sees how many guesses were right, and so how
+    repetitive the text is and where; guesses that were wrong count against the user's budget like other rows.
 
     The same seed gives the same draw at the same step; None draws a seed. Raises `RequestInvalid`.
     """
@@ -31,6 +34,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop_ids: tuple[int, ...] = field(default=(), repr=False)
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         for name, got, ok, allowed in (
@@ -39,7 +43,8 @@ class Sampling:
             ("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**SEED_BITS, f"0 to 2^{SEED_BITS} - 1"),
-            ("stop_ids", f"{len(self.stop_ids)} ids", len(self.stop_ids) <= STOP_IDS_LIMIT, f"{STOP_IDS_LIMIT}"),
+            ("drafts", self.drafts, 0 <= self.drafts <= DRAFTS_LIMIT, f"0 (off) to {DRAFTS_LIMIT}"),
+            ("stop_ids", f"{len(self.stop_ids)} ids", len(self.stop_ids) <= STOP_IDS, f"{STOP_IDS}"),
         ):
             if not ok:
                 raise RequestInvalid.because(name, got, allowed)
@@ -54,6 +59,7 @@ class Sampling:
             seed=self.seed or 0,
             stop_ids=pack(self.stop_ids),
             max_tokens=self.max_tokens,
+            drafts=self.drafts,
         )
 
 

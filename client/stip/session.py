@@ -99,17 +99,20 @@ class AsyncSession:
         top_p: float = 1.0,
         seed: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        drafts: int = 0,
         timeout: float | None = TURN_SECONDS,
     ) -> AsyncGenerator[Chunk, None]:
         """Continue the session with `prompt` and stream what the model says.
 
         A `str` is tokenized here, with the model's special tokens around it in the first turn; ids are sent as
         they are. `stop_ids` None takes the instance's own, `()` none. `timeout` is seconds for the whole turn.
+        `drafts`: tokens guessed ahead a round trip; off by default, because the operator sees how many were right,
+        and so how repetitive the text is (`stip.sampling.Sampling`).
 
         Raises `RequestInvalid`, `PositionRefused` at once; while iterating `DeadlineExceeded` (the turn is
         cancelled, the session stays), `ChannelChanged`, or what the enclave reports (the session is over).
         """
-        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop_ids)
+        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop_ids, drafts)
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt, special=self._stream.position == 0)
         else:
@@ -127,6 +130,7 @@ class AsyncSession:
         top_p: float = 1.0,
         seed: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        drafts: int = 0,
         timeout: float | None = TURN_SECONDS,
     ) -> AsyncGenerator[Chunk, None]:
         """Answer a whole conversation, rendered by the instance's chat template on this machine.
@@ -137,7 +141,7 @@ class AsyncSession:
         """
         if self._tokenizer.template is None:
             raise ConfigurationError("chat template: this instance's tokenizer has none; use generate")
-        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop_ids)
+        sampling = self._sampling(max_tokens, temperature, top_k, top_p, seed, stop_ids, drafts)
         text = self._tokenizer.template.render(messages)
         known = self._transcript
         afresh = known is None or not (text.startswith(known) and len(text) > len(known))
@@ -213,11 +217,12 @@ class AsyncSession:
         top_p: float,
         seed: int | None,
         stop_ids: Iterable[int] | None,
+        drafts: int,
     ) -> Sampling:
         stops = self._tokenizer.manifest.stop_ids if stop_ids is None else tuple(stop_ids)
         if stops:
             require_ids(stops, vocabulary=self._stream.opened.vocabulary, what="stop_ids")
-        return Sampling(max_tokens, temperature, top_k, top_p, seed, stops)
+        return Sampling(max_tokens, temperature, top_k, top_p, seed, stops, drafts)
 
     def _require(self, ids: list[int], position: int) -> None:
         require_ids(ids, vocabulary=self._stream.opened.vocabulary, what="prompt")

@@ -179,7 +179,8 @@ class Stream:
     def _take(self, frame: enclave_pb2.EnclaveFrame) -> None:
         body = frame.WhichOneof("body")
         if body == "failed":
-            raise from_code(frame.failed.code, frame.failed.message)
+            failed = frame.failed
+            raise from_code(failed.code, failed.message, rpc.retry_after(failed.retry_after_ms))
         if body == "opened" and not self._opened.done():
             self._opened.set_result(frame.opened)
         elif body == "step" and self._turn is not None and not self._turn.ended.is_set():

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from stip.chat import Message
-from stip.connection import CONNECT_SECONDS, AsyncConnection, aconnect, averify
+from stip.connection import CONNECT_SECONDS, OPEN_RETRIES, AsyncConnection, aconnect, averify
 from stip.profile import Profile
 from stip.session import TURN_SECONDS, AsyncSession, Chunk, Completion
 from stip.verification import Verification
@@ -78,9 +78,15 @@ class Connection:
         """Verify the same enclave again, now."""
         return _LOOP.run(self._connection.verify(timeout=timeout))
 
-    def session(self, *, max_positions: int = 0, timeout: float = CONNECT_SECONDS) -> Session:
-        """A new session of at most `max_positions` tokens, prompt and answer together (0: the instance's own)."""
-        return Session(_LOOP.run(self._connection.session(max_positions=max_positions, timeout=timeout)))
+    def session(
+        self, *, max_positions: int = 0, timeout: float = CONNECT_SECONDS, open_retries: int = OPEN_RETRIES
+    ) -> Session:
+        """A new session of at most `max_positions` tokens, prompt and answer together (0: the instance's own).
+
+        `open_retries`: see `AsyncConnection.session`.
+        """
+        opening = self._connection.session(max_positions=max_positions, timeout=timeout, open_retries=open_retries)
+        return Session(_LOOP.run(opening))
 
     def close(self) -> None:
         """End all sessions and the channel; idempotent."""
@@ -130,6 +136,7 @@ class Session:
         top_p: float = 1.0,
         seed: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        drafts: int = 0,
         timeout: float | None = TURN_SECONDS,
     ) -> Generator[Chunk, None, None]:
         """Continue the session with `prompt` and stream what the model says: see `AsyncSession.generate`."""
@@ -142,6 +149,7 @@ class Session:
                 top_p=top_p,
                 seed=seed,
                 stop_ids=stop_ids,
+                drafts=drafts,
                 timeout=timeout,
             )
         )
@@ -156,6 +164,7 @@ class Session:
         top_p: float = 1.0,
         seed: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        drafts: int = 0,
         timeout: float | None = TURN_SECONDS,
     ) -> Generator[Chunk, None, None]:
         """Answer a whole conversation: see `AsyncSession.chat`."""
@@ -168,6 +177,7 @@ class Session:
                 top_p=top_p,
                 seed=seed,
                 stop_ids=stop_ids,
+                drafts=drafts,
                 timeout=timeout,
             )
         )

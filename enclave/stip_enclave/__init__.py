@@ -3,6 +3,9 @@
 - `main`, `cli`, `config`, `guards`: one process, its settings, what it denies its host.
 - `identity`, `release`, `lease`, `accounts`: who it is, and what the key service lets it do.
 - `tables`, `head`, `instances`: an opened instance.
-- `link`, `outbox`, `replies`: the stream to the gateway, and what is believed of its answers.
-- `sampling`, `decode`, `session`, `service`: tokens, turns, and the clients' side.
+- `links`, `link`, `outbox`, `inbox`, `replies`, `cards`: the streams to the replicas, and what is believed of them.
+- `travel`, `seat`, `patience`, `history`: where a session's rows are, and how they get elsewhere.
+- `stepwise`, `drafting`, `alone`, `substitution`: the two ways of decoding.
+- `sampling`, `batches`, `decode`: outputs to tokens.
+- `session`, `turns`, `service`: turns, and the clients' side.
 """

@@ -21,6 +21,9 @@ from stip_protocol.errors import LeaseError, Overloaded
 from stip_protocol.release import Grant
 from stip_protocol.telemetry import LEASE_AGE, Telemetry
 
+RETRY_SECONDS = 5.0
+"""What a client is told to wait where every lease that is kept is in use."""
+
 
 class Accounts:
     """The lease accounts of this enclave."""
@@ -88,7 +91,9 @@ class Accounts:
         if len(self._accounts) >= self._limits.accounts:
             idle = next((digest for digest, account in self._accounts.items() if not account.in_use), None)
             if idle is None:
-                raise Overloaded.because("leases", len(self._accounts) + 1, f"at most {self._limits.accounts}")
+                error = Overloaded.because("leases", len(self._accounts) + 1, f"at most {self._limits.accounts}")
+                error.retry_after = RETRY_SECONDS
+                raise error
             del self._accounts[idle]
 
     def _oldest(self) -> float:

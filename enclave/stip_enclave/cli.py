@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
@@ -11,6 +10,7 @@ from stip_enclave.config import EnclaveSettings
 from stip_enclave.main import run
 from stip_protocol.attestation.gramine import GramineProvider
 from stip_protocol.errors import ConfigurationError, IntegrityError
+from stip_protocol.runtime import loop
 from stip_protocol.runtime.config import load
 
 
@@ -33,7 +33,7 @@ def serve(config: Path) -> None:
     """
     try:
         settings = load(EnclaveSettings, config)
-        asyncio.run(run(settings, GramineProvider(settings.collateral)))
+        loop.run(run(settings, GramineProvider(settings.collateral)))
     except (ConfigurationError, IntegrityError) as error:
         click.echo(f"stip-enclave: {error} ({error.action})", err=True)
         raise SystemExit(2) from None

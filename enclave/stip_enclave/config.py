@@ -50,6 +50,9 @@ class Limits(Settings):
     stop_ids: int = Field(default=1024, ge=0)
     steps_ahead: int = Field(default=64, ge=2)
     """Steps that wait for a slow client before its session, and no other, pauses."""
+    drafts: int = Field(default=7, ge=0, le=7)
+    """Tokens that a client may have guessed ahead a round trip; 0 forbids it. How many were right shows on the
+    operator's side, token by token: how, and where, the text repeats itself."""
     accounts: int = Field(default=4096, ge=1)
     """Leases kept for later sessions of the same delegation."""
     open_seconds: Seconds = 10.0
@@ -58,6 +61,13 @@ class Limits(Settings):
     """Without a turn, or with a turn that the client does not read."""
     reply_seconds: Seconds = 300.0
     """For a replica's answer to a row."""
+    failover_seconds: Seconds = 30.0
+    """For a session whose replica was lost to find another one that answers; then it ends with `ReplicaLost`."""
+    replays: int = Field(default=4, ge=1)
+    """Sessions from elsewhere whose history is fed to one replica at once; the others wait for their turn."""
+    replayed_rows: int = Field(default=4096, ge=0)
+    """Rows that one session may be fed again elsewhere, or 16 times its length where that is more: what it may cost
+    its user that the operator's links break or drain."""
     key_service_seconds: Seconds = 10.0
     attests_per_second: PerSecond = 20.0
     releases_per_second: PerSecond = 20.0

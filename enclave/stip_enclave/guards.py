@@ -40,10 +40,12 @@ class Rate:
         self._left, self._seen = self._burst, clock()
 
     def take(self) -> None:
-        """Count one. Raises `Overloaded`."""
+        """Count one. Raises `Overloaded`, and says when there is room for one again."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._seen) * self._rate)
         self._seen = now
         if self._left < 1:
-            raise Overloaded.because(self._what, "more", f"{self._rate:g} a second")
+            error = Overloaded.because(self._what, "more", f"{self._rate:g} a second")
+            error.retry_after = (1 - self._left) / self._rate
+            raise error
         self._left -= 1

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import grpc.aio
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from stip_enclave.alone import Alone
 from stip_enclave.config import InstanceSettings, Limits
 from stip_enclave.decode import Decoder
+from stip_enclave.decoding import Decoding, TokenStream
 from stip_enclave.head import Head
-from stip_enclave.link import Link
-from stip_enclave.tables import Tables, open_part
-from stip_protocol.errors import ConfigurationError, InstanceRefused, ManifestMismatch, PresetRefused
+from stip_enclave.lease import LeaseAccount
+from stip_enclave.links import Connect, Links
+from stip_enclave.outbox import Encoding
+from stip_enclave.stepwise import Stepwise
+from stip_enclave.substitution import Substitution
+from stip_enclave.tables import Tables, open_part, open_substitution, require_seed
+from stip_protocol.errors import ConfigurationError, InstanceRefused, PresetRefused
 from stip_protocol.keys import vocabulary_key
 from stip_protocol.manifest import Manifest
 from stip_protocol.release import Grant
 from stip_protocol.telemetry import Telemetry
 
-SERVED_PRESETS = ("paper", "hardened")
-SERVED_OUTPUTS = ("hidden", "top")
-Connect = Callable[[bytes], grpc.aio.Channel]
-"""A channel to the gateway under a link certificate (DER)."""
+SERVED = {"paper": "top", "hardened": "hidden", "throughput": "ids"}
+"""Forms of output by preset."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """What a grant has opened."""
+
+    encoding: Encoding
+    decoder: Decoder
+    links: Links
+    substitution: Substitution | None
+    """Where the server decodes alone."""
 
 
 class Instance:
@@ -38,24 +52,37 @@ class Instance:
         `PresetRefused` for a preset or a form of output that this enclave does not serve.
         """
         self.manifest, self.digest = Manifest.load(folder / "manifest.json", developer)
-        for name, served in (("preset", SERVED_PRESETS), ("output", SERVED_OUTPUTS)):
-            if (got := getattr(self.manifest, name)) not in served:
-                refused = f"{got}, not served by this enclave yet"
-                raise PresetRefused.because(f"manifest {name}", refused, ", ".join(served))
+        preset, output = self.manifest.preset, self.manifest.output
+        if preset not in SERVED:
+            raise PresetRefused.because("manifest preset", preset, ", ".join(SERVED))
+        if output != SERVED[preset]:
+            raise PresetRefused.because("manifest output", output, f"{SERVED[preset]}, as the preset {preset} has it")
         self._folder, self._connect, self._limits, self._telemetry = folder, connect, limits, telemetry
-        self._opened: tuple[Tables, Decoder] | None = None
+        self._opened: Opened | None = None
         self._loading = asyncio.Lock()
-        self._linking = asyncio.Lock()
-        self._links: list[Link] = []
 
     @property
     def loaded(self) -> bool:
         return self._opened is not None
 
     @property
-    def tables(self) -> Tables:
-        """The opened tables. Raises `InstanceRefused` before `load`."""
-        return self._require_opened()[0]
+    def opened(self) -> Opened:
+        """Raises `InstanceRefused` before `load`."""
+        if self._opened is None:
+            raise InstanceRefused(f"instance {self.manifest.instance}: not opened by a grant yet")
+        return self._opened
+
+    @property
+    def encoding(self) -> Encoding:
+        """How its ids leave. Raises as `opened`."""
+        return self.opened.encoding
+
+    def decoding(self, stream: TokenStream, account: LeaseAccount) -> Decoding:
+        """A session's way of decoding. Raises as `opened`."""
+        opened = self.opened
+        if opened.substitution is None:
+            return Stepwise(stream, opened.links, account, self._limits)
+        return Alone(stream, opened.links, account, self._limits, opened.substitution)
 
     async def load(self, grant: Grant) -> None:
         """Open the enclave part, in a thread. Raises `SealedPartInvalid` or `ManifestMismatch`, and stays unloaded."""
@@ -66,49 +93,30 @@ class Instance:
                 seconds = round(time.perf_counter() - began, 3)
                 structlog.get_logger().info("instance opened", instance=self.manifest.instance, seconds=seconds)
 
-    async def link(self, link_certificate: bytes) -> Link:
-        """The link that takes new sessions; a new one where there is none or the last one was lost or drains."""
-        tables, decoder = self._require_opened()
-        async with self._linking:
-            over = [link for link in self._links if not link.usable and not link.sessions]
-            self._links = [link for link in self._links if link not in over]
-            await asyncio.gather(*(link.stop() for link in over))
-            for link in self._links:
-                if link.usable:
-                    return link
-            link = await Link.connect(
-                self._connect(link_certificate),
-                self.manifest,
-                self.digest,
-                tables.rows,
-                decoder.deliver,
-                self._limits,
-                self._telemetry,
-            )
-            self._links.append(link)
-            return link
-
     async def stop(self) -> None:
         """End all links."""
-        await asyncio.gather(*(link.stop() for link in self._links))
+        if self._opened is not None:
+            await self._opened.links.stop()
 
-    def _require_opened(self) -> tuple[Tables, Decoder]:
-        if self._opened is None:
-            raise InstanceRefused(f"instance {self.manifest.instance}: not opened by a grant yet")
-        return self._opened
-
-    def _open(self, grant: Grant) -> tuple[Tables, Decoder]:
+    def _open(self, grant: Grant) -> Opened:
         manifest = self.manifest
+        if manifest.output == "ids":
+            substitution = open_substitution(manifest, self.digest, grant)
+            return self._linked(substitution, Decoder(None, None, self._telemetry), substitution)
         part = open_part(self._folder / "enclave", manifest, self.digest, grant)
         head = None
         if part.head is not None:
             head = Head(part.head, part.head_bias, manifest.dtype, logit_cap=manifest.logit_cap)
         true_ids = None
         if manifest.output == "top":
-            if grant.vocabulary_seed is None:
-                raise ManifestMismatch.because("grant vocabulary_seed", "none", "one: this instance's head is outside")
-            true_ids = vocabulary_key(grant.vocabulary_seed, manifest.vocabulary).index.astype("i4")
-        return Tables(part), Decoder(head, true_ids, self._telemetry)
+            true_ids = vocabulary_key(require_seed(grant), manifest.vocabulary).index.astype("i4")
+        return self._linked(Tables(part), Decoder(head, true_ids, self._telemetry), None)
+
+    def _linked(self, encoding: Encoding, decoder: Decoder, substitution: Substitution | None) -> Opened:
+        links = Links(
+            self._connect, self.manifest, self.digest, encoding, decoder.deliver, self._limits, self._telemetry
+        )
+        return Opened(encoding, decoder, links, substitution)
 
 
 class Instances:

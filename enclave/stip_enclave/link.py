@@ -1,9 +1,7 @@
-"""One stream to the gateway, shared by all sessions of one instance.
+"""One stream to one replica, by way of the gateway, shared by all sessions of one instance that are there.
 
-Rows that become ready in the same turn of the event loop leave in one frame; single rows of running sessions go
-before the next piece of a prompt. Every reply is checked against what was asked: another session's handle, another
-position, a reply that nobody asked for, bytes that do not fit and values that are not finite end the sessions
-they concern and no other. When the stream breaks, all its sessions fail with `ReplicaLost`.
+Rows that become ready in the same turn of the event loop leave in one frame; the rows of running steps go before the
+next piece of a prompt. Replies are checked by the `Inbox`. When the stream breaks, all its ports are lost.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc.aio
@@ -21,100 +18,69 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from stip_enclave.cards import OUTPUT
 from stip_enclave.config import Limits
-from stip_enclave.outbox import SLICES_PER_FRAME, Embed, Outbox, Owner, Port
-from stip_enclave.replies import Outputs, read_outputs
+from stip_enclave.inbox import Deliver, Inbox
+from stip_enclave.outbox import NO_IDS, Encoding, Outbox, Owner, Port
 from stip_protocol import rpc
 from stip_protocol.errors import (
     DeadlineExceeded,
+    Draining,
     FrameInvalid,
-    ManifestMismatch,
-    PositionRefused,
+    Overloaded,
     ReplicaLost,
-    SessionUnknown,
     StipError,
-    TensorInvalid,
     from_code,
 )
+from stip_protocol.fields import HANDLE_BYTES, TOP
 from stip_protocol.manifest import Manifest
 from stip_protocol.runtime.logs import fault
 from stip_protocol.telemetry import LINKS, Telemetry
 from stip_protocol.tensor import rows_per_frame
-from stip_protocol.versions import require_wire
 from stip_protocol.wire import model_pb2, model_pb2_grpc
-
-HANDLE_BYTES = 16
-LEFT_LIMIT = 4096
-"""Handles remembered whose last answer may still be under way when they were closed."""
-OUTPUT = {"hidden": model_pb2.OUTPUT_HIDDEN, "top": model_pb2.OUTPUT_TOP}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Delivery:
-    """Checked outputs, one row a port, and what the replica says of the step behind them."""
-
-    ports: tuple[Port, ...]
-    outputs: Outputs
-    compute: float
-    """Seconds of model compute."""
-    queue: float
-    """Seconds the rows waited before the step."""
 
 
 class Link:
-    """An open stream. Made by `Link.connect`; everything runs on one event loop."""
+    """An open stream. Everything runs on one event loop."""
 
     def __init__(
         self,
         channel: grpc.aio.Channel,
         card: model_pb2.Card,
+        replica: str,
         manifest: Manifest,
-        embed: Embed,
-        deliver: Callable[[Delivery], Awaitable[None]],
+        encoding: Encoding,
+        deliver: Deliver,
+        over: Callable[[Link], None],
         limits: Limits,
         telemetry: Telemetry,
     ) -> None:
-        self._channel, self._manifest, self._deliver = channel, manifest, deliver
+        """Owns `channel` from here on. `replica`: its name at the gateway, or "" for any; `over` is called when the
+        link was lost, and when the last session has left one that drains.
+        """
+        self._channel, self._manifest, self._over = channel, manifest, over
         self._limits, self._telemetry = limits, telemetry
+        self.replica = replica
         self.max_positions = min(card.max_positions, manifest.max_positions)
+        frame_rows = min(card.max_rows, rows_per_frame(manifest.dtype, manifest.width))
+        self.max_outputs = max(1, min(card.max_outputs, frame_rows))
+        """Rows of one step that may be answered."""
+        self.answers_top = manifest.output == "top" and manifest.vocabulary > TOP
+        """Whether an answer is the largest logits of a row, and not all."""
         self.lost: StipError | None = None
         self.draining = False
-        self._ports: dict[bytes, Port] = {}
-        self._left: dict[bytes, None] = {}
-        frame_rows = min(card.max_rows, rows_per_frame(manifest.dtype, manifest.width))
-        self._outbox = Outbox(embed, frame_rows, self._ports, telemetry.stage("embed"))
-        self._round_trip = telemetry.stage("link")
-        metadata = ((rpc.INSTANCE_KEY, manifest.instance), (rpc.EPOCH_KEY, str(manifest.epoch)))
-        self._call: Any = model_pb2_grpc.ModelStub(channel).Link(metadata=metadata)
+        self.replays = asyncio.Semaphore(limits.replays)
+        """Histories that are fed at once, so that running sessions are not stalled by those that come from elsewhere.
+        First come, first served."""
+        self._said, self._own = 0, 0
+        self._inbox = Inbox(manifest, deliver, self._end, telemetry)
+        self._outbox = Outbox(encoding, frame_rows, self._inbox.ports, telemetry.stage("embed"))
+        metadata = [(rpc.INSTANCE_KEY, manifest.instance), (rpc.EPOCH_KEY, str(manifest.epoch))]
+        if replica:
+            metadata.append((rpc.REPLICA_KEY, replica))
+        self._call: Any = model_pb2_grpc.ModelStub(channel).Link(metadata=tuple(metadata))
         self._tasks = [asyncio.create_task(work()) for work in (self._write, self._read, self._watch)]
         telemetry.gauge(LINKS).inc()
-
-    @classmethod
-    async def connect(
-        cls,
-        channel: grpc.aio.Channel,
-        manifest: Manifest,
-        manifest_digest: bytes,
-        embed: Embed,
-        deliver: Callable[[Delivery], Awaitable[None]],
-        limits: Limits,
-        telemetry: Telemetry,
-    ) -> Link:
-        """Ask for the card, hold it to the manifest, and open the stream. Owns `channel` from here on.
-
-        Raises `ManifestMismatch`, `VersionUnsupported`, or what the peer or the transport says.
-        """
-        try:
-            reference = model_pb2.InstanceRef(instance=manifest.instance, epoch=manifest.epoch)
-            card = await model_pb2_grpc.ModelStub(channel).Describe(reference, timeout=limits.open_seconds)
-            _require_card(card, manifest, manifest_digest)
-            return cls(channel, card, manifest, embed, deliver, limits, telemetry)
-        except grpc.aio.AioRpcError as error:
-            await channel.close()
-            raise rpc.from_rpc(error) from None
-        except BaseException:
-            await channel.close()
-            raise
 
     @property
     def usable(self) -> bool:
@@ -123,7 +89,13 @@ class Link:
 
     @property
     def sessions(self) -> int:
-        return len(self._ports)
+        """Of this enclave."""
+        return len(self._inbox.ports)
+
+    @property
+    def load(self) -> int:
+        """Sessions on the replica: as it last said, and what was opened or closed here since."""
+        return max(self.sessions, self._said + self.sessions - self._own)
 
     async def open(self, owner: Owner, lease: bytes, request_id: str, max_positions: int) -> Port:
         """A new session under a fresh random handle.
@@ -133,7 +105,7 @@ class Link:
         if self.lost is not None:
             raise self.lost
         port = Port(secrets.token_bytes(HANDLE_BYTES), owner, request_id, asyncio.get_running_loop().create_future())
-        self._ports[port.handle] = port
+        self._inbox.ports[port.handle] = port
         opening = model_pb2.Open(
             session=port.handle,
             lease=lease,
@@ -155,21 +127,38 @@ class Link:
             raise
         return port
 
-    def feed(self, port: Port, ids: NDArray[np.uint32], *, last: bool) -> None:
-        """Send the rows of `ids` after those sent before; with `last`, an output is wanted for the last of them.
+    def feed(
+        self, port: Port, ids: NDArray[np.uint32], *, outputs: int, back: int = 0, drafted: NDArray[np.uint32] = NO_IDS
+    ) -> None:
+        """Send the rows of `ids` after those sent before, of which the last `back` are forgotten first.
 
-        One row a session may be unanswered: not to be called while `port.awaits` something.
+        `outputs` are wanted for as many of the last rows; the last ids may be `drafted`, one fewer than the outputs.
+        Not to be called while `port.awaits` something; `back` not while rows wait to be sent.
         """
-        port.position += len(ids)
-        port.awaits = "output" if last else "nothing"
+        port.position += len(ids) - back
+        port.outputs, port.drafted = outputs, drafted
+        port.awaits = "output" if outputs else "nothing"
+        port.back += back
         port.asked = time.perf_counter()
         self._outbox.feed(port, ids)
 
-    def recall(self, port: Port) -> None:
-        """Ask for the whole row behind the last output."""
-        port.awaits = "row"
+    def recall(self, port: Port, position: int) -> None:
+        """Ask for the whole row behind one of the last outputs."""
+        port.awaits, port.recalled = "row", position
         port.asked = time.perf_counter()
-        self._send(model_pb2.Up(recall=model_pb2.Recall(session=port.handle, position=port.position - 1)))
+        self._send(model_pb2.Up(recall=model_pb2.Recall(session=port.handle, position=position)))
+
+    def generate(self, port: Port, generate: model_pb2.Generate) -> None:
+        """Have the replica decode alone behind all that was fed; names the port and its position."""
+        generate.session, generate.position = port.handle, port.position
+        port.awaits, port.left = "ids", generate.max_ids
+        port.asked = time.perf_counter()
+        if self.lost is None:
+            self._outbox.generate(port, model_pb2.Up(generate=generate))
+
+    def halt(self, port: Port) -> None:
+        """Stop the running generation: its last ids still come."""
+        self._send(model_pb2.Up(halt=model_pb2.Halt(session=port.handle)))
 
     def renew(self, lease: bytes) -> None:
         """Tell the gateway of a renewed lease, before any row that needs it."""
@@ -182,7 +171,9 @@ class Link:
             self._send(model_pb2.Up(close=model_pb2.Close(session=port.handle)))
 
     async def stop(self) -> None:
-        """End the stream and its channel; sessions that are left fail."""
+        """End the stream and its channel, once what is still to be said has left; sessions that are left are lost."""
+        if self.lost is None and not self.sessions:
+            await self._last_words()
         self._lose(ReplicaLost("the link was stopped"))
         for task in self._tasks:
             task.cancel()
@@ -195,43 +186,52 @@ class Link:
             self._outbox.send(up)
 
     def _forget(self, port: Port) -> bool:
-        if self._ports.pop(port.handle, None) is None:
+        if not self._inbox.forget(port):
             return False
-        if port.awaits != "nothing":
-            self._left[port.handle] = None
-            while len(self._left) > LEFT_LIMIT:
-                del self._left[next(iter(self._left))]
+        if self.draining and not self.sessions:
+            self._over(self)
         return True
 
     def _end(self, port: Port, error: StipError, *, tell: bool = True) -> None:
         """End one session with an error, towards its owner and (with `tell`) the replica."""
-        if not self._forget(port):
+        if not self._inbox.forget(port):
             return
         if tell:
             self._send(model_pb2.Up(close=model_pb2.Close(session=port.handle)))
         if port.opened.done():
-            port.owner.failed(error)
+            port.owner.lost(error)
         else:
             port.opened.set_exception(error)
+        if self.draining and not self.sessions:
+            self._over(self)
 
     def _lose(self, error: StipError) -> None:
         if self.lost is not None:
             return
         self.lost = error
         self._telemetry.gauge(LINKS).dec()
-        for port in list(self._ports.values()):
+        for port in list(self._inbox.ports.values()):
             self._end(port, error, tell=False)
         self._outbox.wake.set()
+        self._over(self)
 
     # -- upward ---------------------------------------------------------------------------------------------------
 
     async def _write(self) -> None:
-        with self._losing():
+        # A stream that has ended takes nothing more: why it ended is the reader's to find out.
+        with self._losing(), contextlib.suppress(asyncio.InvalidStateError):
             while self.lost is None:
                 await self._outbox.wake.wait()
                 self._outbox.wake.clear()
                 while self.lost is None and (up := self._outbox.next()) is not None:
                     await self._call.write(up)
+                self._outbox.idle.set()
+
+    async def _last_words(self) -> None:
+        """Wait until what is queued has been written, as long as a peer may take to answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(1.0, self._limits.open_seconds)):
+                await self._outbox.idle.wait()
 
     # -- downward -------------------------------------------------------------------------------------------------
 
@@ -239,104 +239,53 @@ class Link:
         with self._losing():
             while (down := await self._call.read()) is not grpc.aio.EOF:
                 await self._received(down)
-            code = await self._call.code()
-            if code is not grpc.StatusCode.OK:
-                trailing = dict(await self._call.trailing_metadata() or ())
-                raise ReplicaLost(f"the link broke off ({trailing.get(rpc.ERROR_CODE_KEY, code.name.lower())})")
             raise ReplicaLost("the link was ended by the other side")
 
     async def _received(self, down: model_pb2.Down) -> None:
+        self._said, self._own = down.load, self.sessions
         kind = down.WhichOneof("body")
         if kind == "fed":
-            await self._fed(down.fed)
+            await self._inbox.fed(down.fed)
         elif kind == "opened":
             self._opened(down.opened)
         elif kind == "closed":
-            self._left.pop(down.closed.session, None)
-            if (port := self._ports.get(down.closed.session)) is not None:
-                self._end(port, from_code(down.closed.code, down.closed.message), tell=False)
+            closed = down.closed
+            if (port := self._inbox.closed(closed.session)) is not None:
+                retry_after = rpc.retry_after(closed.retry_after_ms)
+                self._end(port, from_code(closed.code, closed.message, retry_after), tell=False)
         elif kind == "drain":
-            self.draining = True
+            self._drain()
         else:
-            self._refuse(FrameInvalid.because("Down.body", kind, "opened, fed, closed, drain"))
+            self._inbox.refuse(FrameInvalid.because("Down.body", kind, "opened, fed, closed, drain"))
 
     def _opened(self, opened: model_pb2.Opened) -> None:
-        port = self._ports.get(opened.session)
+        port = self._inbox.ports.get(opened.session)
         if port is None:
             return
         if port.opened.done():
-            self._refuse(FrameInvalid("Opened: the session was open already"), port)
+            self._inbox.refuse(FrameInvalid("Opened: the session was open already"), port)
         else:
             port.opened.set_result(None)
 
-    async def _fed(self, fed: model_pb2.Fed) -> None:
-        received = time.perf_counter()
-        if not 0 < len(fed.slices) <= SLICES_PER_FRAME:
-            self._refuse(FrameInvalid.because("Fed.slices", len(fed.slices), f"1 to {SLICES_PER_FRAME}"))
+    def _drain(self) -> None:
+        if self.draining:
             return
-        form = fed.WhichOneof("out")
-        asked: dict[int, Port] = {}
-        for row, part in enumerate(fed.slices):
-            if (port := self._claim(part, form)) is not None:
-                asked[row] = port
-        # A slice that came twice ended its session on the second time.
-        asked = {row: port for row, port in asked.items() if port.handle in self._ports}
-        if not asked:
-            return
-        try:
-            outputs = read_outputs(fed, len(fed.slices), self._manifest)
-        except StipError as error:
-            for port in asked.values():
-                self._refuse(error, port)
-            return
-        for row in outputs.bad & asked.keys():
-            self._refuse(TensorInvalid("reply: values that are not finite, not in order or out of range"), asked[row])
-            del asked[row]
-        if not asked:
-            return
-        compute, queue = fed.compute_us * 1e-6, fed.queue_us * 1e-6
-        first = next(iter(asked.values()))
-        self._round_trip.observe(max(0.0, received - first.asked - compute - queue))
-        await self._deliver(Delivery(tuple(asked.values()), outputs.only(list(asked)), compute, queue))
-
-    def _claim(self, part: model_pb2.Slice, form: str | None) -> Port | None:
-        """The port that asked for this slice; it awaits nothing afterwards."""
-        port = self._ports.get(part.session)
-        if port is None:
-            if part.session in self._left:
-                del self._left[part.session]
-            else:
-                self._refuse(SessionUnknown("reply: for a session that is not open on this link"))
-            return None
-        wanted = {"nothing": "no reply", "row": "logits", "output": self._manifest.output}[port.awaits]
-        if form != wanted:
-            self._refuse(FrameInvalid.because("reply", form, wanted), port)
-        elif part.count != 1:
-            self._refuse(FrameInvalid.because("reply Slice.count", part.count, 1), port)
-        elif part.position != port.position - 1:
-            self._refuse(PositionRefused.because("reply Slice.position", part.position, port.position - 1), port)
-        else:
-            port.awaits = "nothing"
-            return port
-        return None
-
-    def _refuse(self, error: StipError, port: Port | None = None) -> None:
-        """Count a bad message of the replica, and end the session it concerns."""
-        log = structlog.get_logger() if port is None else structlog.get_logger().bind(request_id=port.request_id)
-        log.warning("reply refused", code=error.code, detail=error.message)
-        if port is None:
-            self._telemetry.refused(error.code)
-        else:
-            self._end(port, error)
+        self.draining = True
+        structlog.get_logger().info("replica drains", replica=self.replica, sessions=self.sessions)
+        for port in list(self._inbox.ports.values()):
+            if port.opened.done():
+                port.owner.draining()
+        if not self.sessions:
+            self._over(self)
 
     async def _watch(self) -> None:
         """End sessions whose answer does not come."""
         while self.lost is None:
             await asyncio.sleep(min(1.0, self._limits.reply_seconds / 4))
             late = time.perf_counter() - self._limits.reply_seconds
-            for port in list(self._ports.values()):
+            for port in list(self._inbox.ports.values()):
                 if port.awaits != "nothing" and port.asked < late:
-                    self._refuse(DeadlineExceeded("the replica did not answer in time"), port)
+                    self._inbox.refuse(DeadlineExceeded("the replica did not answer in time"), port)
 
     @contextlib.contextmanager
     def _losing(self) -> Iterator[None]:
@@ -348,28 +297,17 @@ class Link:
             raise
         except StipError as error:
             self._lose(error)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            self._lose(ReplicaLost("the link broke off"))
+        except grpc.aio.AioRpcError as error:
+            self._lose(_why(error))
         except Exception as error:  # noqa: BLE001 - a defect of ours must end the sessions, not leave them waiting
             structlog.get_logger().error("link failed", fault=fault(error))
             self._lose(StipError("internal error; see the log of the enclave"))
 
 
-def _require_card(card: model_pb2.Card, manifest: Manifest, manifest_digest: bytes) -> None:
-    require_wire(card.version, peer="replica")
-    vocabulary = manifest.vocabulary if manifest.output == "top" else 0
-    for field_name, got, allowed in (
-        ("instance", card.instance, manifest.instance),
-        ("epoch", card.epoch, manifest.epoch),
-        ("manifest_digest", card.manifest_digest.hex(), manifest_digest.hex()),
-        ("preset", card.preset, manifest.preset),
-        ("dtype", card.dtype, manifest.dtype),
-        ("width", card.width, manifest.width),
-        ("vocabulary", card.vocabulary, vocabulary),
-    ):
-        if got != allowed:
-            raise ManifestMismatch.because(f"card {field_name}", got, allowed)
-    if OUTPUT[manifest.output] not in card.outputs:
-        raise ManifestMismatch.because("card outputs", list(card.outputs), f"{OUTPUT[manifest.output]} among them")
-    if min(card.max_rows, card.max_positions) < 1:
-        raise ManifestMismatch.because("card max_rows, max_positions", 0, "at least 1")
+def _why(error: grpc.aio.AioRpcError) -> StipError:
+    """What a broken stream means to its sessions. Whoever refused it for reasons of its own is believed, and so is the
+    time to try again; any other refusal was the link's, not theirs."""
+    told = rpc.from_rpc(error)
+    if isinstance(told, Overloaded | Draining | ReplicaLost):
+        return told
+    return ReplicaLost(f"the link broke off ({told.code})", retry_after=told.retry_after)

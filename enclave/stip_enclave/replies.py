@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from stip_enclave.tables import NUMPY_DTYPE, as_numbers
 from stip_protocol.errors import FrameInvalid, TensorInvalid
+from stip_protocol.fields import TOP
 from stip_protocol.manifest import Manifest
 from stip_protocol.tensor import require_rows
 from stip_protocol.wire import model_pb2
 
-TOP = 64
-"""Entries of a `Top` row, where the vocabulary has as many."""
+ID_BYTES = 4
+"""An id on the wire: uint32, little-endian."""
 Form = Literal["hidden", "top", "logits"]
 _EXPONENT: dict[int, tuple[type[np.unsignedinteger[Any]], dict[str, int]]] = {
     2: (np.uint16, {"float16": 0x7C00, "bfloat16": 0x7F80}),
@@ -66,7 +67,14 @@ def read_outputs(fed: model_pb2.Fed, rows: int, manifest: Manifest) -> Outputs:
         return Outputs("logits", as_numbers(logits), None, None, _named(_infinite(logits, manifest.dtype)))
     if form == "top":
         return _top(fed.top, rows, manifest)
-    raise FrameInvalid.because("Fed.out", form, "hidden, top or logits")
+    raise FrameInvalid.because("Fed.out", form, "hidden, top, logits or ids")
+
+
+def read_ids(data: bytes, count: int) -> NDArray[np.uint32]:
+    """The permuted ids [count] of a frame. Raises `TensorInvalid` for bytes that do not fit."""
+    if len(data) != ID_BYTES * count:
+        raise TensorInvalid.because("Ids.ids", f"{len(data)} bytes", f"{ID_BYTES * count} ({count} ids)")
+    return np.frombuffer(data, "<u4")
 
 
 def _top(top: model_pb2.Top, rows: int, manifest: Manifest) -> Outputs:

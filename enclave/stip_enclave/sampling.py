@@ -64,12 +64,22 @@ class Sampling:
 
 
 class Sampler:
-    """Draws ids under one `Sampling`. Holds no state: `step` is an argument."""
+    """Draws ids under one `Sampling`. What is drawn depends on the arguments alone, `step` among them."""
 
     def __init__(self, spec: Sampling) -> None:
-        self._spec = spec
+        self.spec = spec
         self.greedy = spec.temperature == 0.0
-        self._nucleus = 0.0 < spec.top_p < 1.0
+        self.nucleus = 0.0 < spec.top_p < 1.0
+        self._philox = np.random.Philox(key=spec.seed)
+        self._generator = np.random.Generator(self._philox)
+        self._counter = 0
+        """Of `_philox`. Kept to move it by the difference: making a generator costs five times as much."""
+
+    def reads_top(self, width: int) -> bool:
+        """Whether the `width` largest logits of a row can decide: if not, every token needs its whole row."""
+        if self.spec.top_k and not self.greedy:
+            return self.spec.top_k < width  # the last of them may tie with others outside
+        return self.greedy or (self.nucleus and self.spec.temperature == 1.0)
 
     def pick(self, row: Logits, step: int, ids: Ids | None = None) -> int:
         """The id drawn at `step` from a whole row [V]; `ids` [V] gives the true id of each column, else its index."""
@@ -77,7 +87,7 @@ class Sampler:
             best = int(row.argmax())
             return best if ids is None else int(ids[row == row[best]].min())
         size = row.size
-        kept = min(self._spec.top_k or size, size)
+        kept = min(self.spec.top_k or size, size)
         weights: NDArray[np.float64] | None = None
         total = 0.0
         reach = kept if kept < size else FIRST_REACH
@@ -106,7 +116,7 @@ class Sampler:
         order = np.lexsort((ids, -values))
         values, ids = values[order], ids[order]
         last = values[-1]
-        kept = 1 if self.greedy else self._spec.top_k
+        kept = 1 if self.greedy else self.spec.top_k
         if kept:
             # A tie with the last of them may go on outside, with smaller ids.
             if kept > values.size or values[kept - 1] == last:
@@ -115,7 +125,7 @@ class Sampler:
                 return int(ids[0])
             mass = np.cumsum(self._weights(values[:kept], values[0]))
             found = self._place(mass, float(mass[-1]), float(mass[-1]), step, whole=True)
-        elif self._nucleus and self._spec.temperature == 1.0:
+        elif self.nucleus and self.spec.temperature == 1.0:
             with np.errstate(over="ignore"):
                 total = float(np.exp(np.float64(log_sum_exp) - np.float64(values[0])))
             slack = LSE_SLACK * (8.0 + abs(log_sum_exp))
@@ -126,12 +136,18 @@ class Sampler:
             return FULL_ROW
         return FULL_ROW if found is None else int(ids[found])
 
+    def uniform(self, step: int) -> float:
+        """u in [0, 1), from (seed, step) alone: the first draw of Philox(key = seed, counter = step)."""
+        self._philox.advance(step - self._counter)
+        self._counter = step + 1
+        return float(self._generator.random())
+
     def _weights(self, values: Logits, largest: Any) -> NDArray[np.float64]:
         """exp((x - max) / temperature) in float64."""
         scaled = values.astype(np.float64)
         with np.errstate(over="ignore", under="ignore"):
             scaled -= np.float64(largest)
-            scaled /= self._spec.temperature
+            scaled /= self.spec.temperature
             return np.exp(scaled, out=scaled)
 
     def _place(self, mass: NDArray[np.float64], least: float, most: float, step: int, *, whole: bool) -> int | None:
@@ -143,36 +159,40 @@ class Sampler:
         if mass.size == 0:
             return None
         end = mass.size - 1
-        if self._nucleus:
-            ends = {int(np.searchsorted(mass, self._spec.top_p * total, side="left")) for total in (least, most)}
+        if self.nucleus:
+            ends = {int(np.searchsorted(mass, self.spec.top_p * total, side="left")) for total in (least, most)}
             if len(ends) > 1 or (end < min(ends) and not whole):
                 return None
             end = min(end, ends.pop())
             drawn = float(mass[end])
         else:
             drawn = least
-        found = int(np.searchsorted(mass[: end + 1], self._uniform(step) * drawn, side="right"))
+        found = int(np.searchsorted(mass[: end + 1], self.uniform(step) * drawn, side="right"))
         if found <= end:
             return found
-        return end if whole or self._nucleus else None
+        return end if whole or self.nucleus else None
 
-    def _uniform(self, step: int) -> float:
-        """u in [0, 1), from (seed, step) alone."""
-        return float(np.random.Generator(np.random.Philox(key=self._spec.seed, counter=step)).random())
+
+def candidates(row: Logits, reach: int) -> NDArray[np.intp]:
+    """Columns, ascending, of at least the `reach` largest of a row with every tie of the last."""
+    return np.arange(row.size) if reach >= row.size else np.flatnonzero(row >= _floor(row, reach))
 
 
 def _descending(row: Logits, ids: Ids | None, reach: int) -> NDArray[np.intp]:
-    """Columns of at least the `reach` largest with every tie of the last, by descending logit, then by true id."""
-    columns = np.arange(row.size) if reach >= row.size else np.flatnonzero(row >= _floor(row, reach))
-    return columns[np.lexsort((columns if ids is None else ids[columns], -row[columns]))]
+    """The candidates by descending logit, then by true id."""
+    columns = candidates(row, reach)
+    if ids is None:
+        return columns[np.argsort(-row[columns], kind="stable")]
+    return columns[np.lexsort((ids[columns], -row[columns]))]
 
 
 def _floor(row: Logits, reach: int) -> Any:
-    """A value that at least `reach` of the row reach: the `reach`-th largest of the maxima of blocks.
+    """A value that at least `reach` of the row reach: the `reach`-th largest of the maxima of as many columns of the
+    row laid out in lines.
 
-    One pass over the row and a partition of a few times `reach`, instead of a partition of the row.
+    One pass over the row, line by line, and a partition of a few times `reach`, instead of a partition of the row.
     """
-    block = max(1, row.size // (4 * reach))
-    blocks = row.size // block
-    maxima = row[: blocks * block].reshape(blocks, block).max(axis=1)
-    return np.partition(maxima, blocks - reach)[blocks - reach]
+    lines = max(1, row.size // (4 * reach))
+    width = row.size // lines
+    maxima = row[: lines * width].reshape(lines, width).max(axis=0)
+    return np.partition(maxima, width - reach)[width - reach]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import time
 from collections import Counter
@@ -18,20 +17,23 @@ from stip_enclave.config import Limits
 from stip_enclave.guards import Rate
 from stip_enclave.identity import EnclaveIdentity
 from stip_enclave.instances import Instances
-from stip_enclave.session import Meters, failure
+from stip_enclave.meters import Meters
 from stip_enclave.session import Session as UserSession
+from stip_enclave.session import failure
 from stip_enclave.turns import TurnRequest
 from stip_protocol import rpc
 from stip_protocol.attestation import freshness
 from stip_protocol.attestation.evidence import EvidenceProvider
 from stip_protocol.errors import DeadlineExceeded, Draining, FrameInvalid, Overloaded, StipError
+from stip_protocol.fields import REQUEST_ID
 from stip_protocol.runtime.logs import fault
 from stip_protocol.telemetry import SESSIONS, Telemetry
 from stip_protocol.wire import enclave_pb2, enclave_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Requests = AsyncIterator[enclave_pb2.ClientFrame]
-_REQUEST_ID = re.compile(r"[0-9a-f]{32}")
+RETRY_SECONDS = 1.0
+"""What a client is told to wait where all places are taken: they come free one by one."""
 
 
 class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
@@ -82,7 +84,7 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
         if self._draining:
             raise Draining("the enclave takes no new sessions")
         if self._streams >= self._limits.sessions:
-            raise Overloaded.because("sessions", self._streams + 1, f"at most {self._limits.sessions}")
+            raise _full("sessions", self._limits.sessions)
         self._streams += 1
         self._quiet.clear()
         user: bytes | None = None
@@ -93,7 +95,7 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
             signer = self._identity.delegation(opening.delegation, opening.instance).user
             allowed = self._limits.sessions_per_user
             if self._users[signer] >= allowed:
-                raise Overloaded.because("sessions of one user", allowed + 1, f"at most {allowed}")
+                raise _full("sessions of one user", allowed)
             user = signer
             self._users[user] += 1
             session, opened = await self._open(opening, request_id)
@@ -146,11 +148,8 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
     async def _open(self, opening: enclave_pb2.Open, request_id: str) -> tuple[UserSession, enclave_pb2.EnclaveFrame]:
         instance = self._instances.find(opening.instance)
         account = await self._accounts.get(opening.delegation, instance)
-        link = await instance.link(account.held.link_certificate)
-        session = UserSession(
-            instance.tables, link, account, self._limits, self._meters, max_positions=opening.max_positions
-        )
-        await session.start(request_id)
+        session = UserSession(instance, account, self._limits, self._meters)
+        await session.start(request_id, opening.max_positions)
         self._sessions.add(session)
         if self._draining:
             session.drain()
@@ -187,9 +186,16 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
             session.failed(StipError("internal error; see the log of the enclave"))
 
 
+def _full(what: str, limit: int) -> Overloaded:
+    """One more than `limit` was asked for."""
+    error = Overloaded.because(what, limit + 1, f"at most {limit}")
+    error.retry_after = RETRY_SECONDS
+    return error
+
+
 def _request_id(context: Context) -> str:
     """The client's content-free id for this session, or a fresh one where it sent none that is well-formed."""
     for key, value in context.invocation_metadata() or ():
-        if key == rpc.REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+        if key == rpc.REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
             return value
     return secrets.token_hex(16)

@@ -1,30 +1,27 @@
-"""One user's session: ids in, ids out, turn after turn over one KV cache.
+"""One user's session: ids in, ids out, turn after turn over one history.
 
-The sequence is what the client sent and what it was given, in order. Ids that are part of it but not yet fed (the
-last token of a turn; what a cancelled turn left) are `pending` and go first in the next turn. A stop id is no part
-of it: it was sampled and never given.
+The history is what the client sent and what it was given, in order. A stop id is no part of it: it was sampled and
+never given. Where its rows are, and how they get there, is the business of `travel`; how ids come of them, of
+`stepwise` or `alone`.
 
 Everything here runs on the event loop without awaiting, from three sides: the client's frames (`begin`, `cancel`,
-`taken`), the decoder's results (`answered`, `needs_row`), and the lease (`_advance`, when more rows may be fed).
+`taken`), the way of decoding (`accept`, `tell`), and the lease.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import IntEnum
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
-from prometheus_client import Counter, Histogram
 
 from stip_enclave.config import Limits
+from stip_enclave.decoding import Decoding
+from stip_enclave.history import History
+from stip_enclave.instances import Instance
 from stip_enclave.lease import LeaseAccount
-from stip_enclave.link import Link
-from stip_enclave.outbox import Port
-from stip_enclave.tables import Tables
+from stip_enclave.meters import Meters
 from stip_enclave.turns import Turn, TurnRequest
 from stip_protocol.errors import (
     MESSAGE_LIMIT,
@@ -35,7 +32,7 @@ from stip_protocol.errors import (
     RequestInvalid,
     StipError,
 )
-from stip_protocol.telemetry import ADDED_LATENCY, TIME_BETWEEN_TOKENS, TIME_TO_FIRST_TOKEN, TOKENS, Telemetry
+from stip_protocol.rpc import retry_after_ms
 from stip_protocol.wire import enclave_pb2
 
 
@@ -49,112 +46,93 @@ class Kind(IntEnum):
     POSITIONS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Meters:
-    """What sessions measure."""
-
-    telemetry: Telemetry
-    first: Histogram
-    between: Histogram
-    added: Histogram
-    prompt: Counter
-    generated: Counter
-
-    @classmethod
-    def of(cls, telemetry: Telemetry) -> Meters:
-        tokens = telemetry.counter(TOKENS)
-        return cls(
-            telemetry,
-            telemetry.histogram(TIME_TO_FIRST_TOKEN),
-            telemetry.histogram(TIME_BETWEEN_TOKENS),
-            telemetry.histogram(ADDED_LATENCY),
-            tokens.labels(direction="prompt"),
-            tokens.labels(direction="generated"),
-        )
-
-
 class Session:
-    """Owner of a port on a link, holder of a lease, and the queue of frames to one client."""
+    """Holder of a lease and of the queue of frames to one client."""
 
-    def __init__(
-        self, tables: Tables, link: Link, account: LeaseAccount, limits: Limits, meters: Meters, *, max_positions: int
-    ) -> None:
-        """`max_positions`: 0 for as many as the instance and its replica allow. Raises `PositionRefused` for more."""
-        if max_positions > link.max_positions:
-            raise PositionRefused.because("max_positions", max_positions, f"at most {link.max_positions}")
-        self.max_positions = max_positions or link.max_positions
+    def __init__(self, instance: Instance, account: LeaseAccount, limits: Limits, meters: Meters) -> None:
+        """Raises `InstanceRefused` where no grant has opened the instance."""
+        self.history = History()
+        self.turn: Turn | None = None
+        self.paused = False
+        self.max_positions = 0
+        """Once it has started."""
         self.frames: asyncio.Queue[enclave_pb2.EnclaveFrame | None] = asyncio.Queue()
         """To the client; None ends the stream. Bounded by pausing the session at `Limits.steps_ahead`."""
-        self.asking: Turn | None = None
-        """The turn whose output is awaited, whether or not it still runs."""
         self.ended = False
-        self._tables, self._link, self._account = tables, link, account
-        self._limits, self._meters = limits, meters
-        self._port: Port | None = None
-        self._turn: Turn | None = None
-        self._pending: NDArray[np.uint32] = np.empty(0, np.uint32)
-        self._length = 0
-        self._stalled = False
+        self._encoding, self._account, self._limits, self._meters = instance.encoding, account, limits, meters
+        self._decoding: Decoding = instance.decoding(self, account)
+        self._ready: list[enclave_pb2.EnclaveFrame | None] = []
         self._leaving = False
         self._timer: asyncio.TimerHandle | None = None
         self._log = structlog.get_logger()
 
-    async def start(self, request_id: str) -> None:
-        """Open on the link. Raises what the lease, the gateway or the replica refuses it with."""
+    async def start(self, request_id: str, max_positions: int) -> None:
+        """Open on a replica. `max_positions`: 0 for as many as the instance and that replica allow.
+
+        Raises what the lease, the gateway or the replicas refuse it with.
+        """
         self._log = self._log.bind(request_id=request_id)
         self._account.join(self)
         try:
-            self._port = await self._link.open(self, self._account.held.signed, request_id, self.max_positions)
+            await self._decoding.travel.start(request_id, max_positions)
         except BaseException:
             self.close()
             raise
+        self.max_positions = self._decoding.travel.positions
         self._wait("a turn")
 
     # -- from the client ------------------------------------------------------------------------------------------
 
     def begin(self, request: TurnRequest) -> None:
-        """Start a turn. Raises `FrameInvalid`, `RequestInvalid` or `PositionRefused`, which end the session."""
-        if self._turn is not None:
+        """Start a turn. Raises `FrameInvalid`, `RequestInvalid` or `PositionRefused`, which end the session.
+
+        A turn for a session that has failed is passed over: its client has not read yet that it did.
+        """
+        if self.ended:
+            return
+        if self.turn is not None:
             raise FrameInvalid("turn: the one before has not ended; read its last step or cancel it first")
         if self.frames.qsize() > self._limits.steps_ahead:
             raise FrameInvalid.because("turn", "unread steps", f"at most {self._limits.steps_ahead}; read them first")
-        if not len(request.ids) and not len(self._pending):
+        if not len(request.ids) and not self._decoding.goes_on:
             raise RequestInvalid.because("turn ids", "none", "at least one where nothing is left to go on from")
-        room = self.max_positions - self._length
+        room = self.max_positions - len(self.history)
         if len(request.ids) > room:
             raise PositionRefused.because("turn ids", len(request.ids), f"at most {room}, the positions left")
-        self._tables.require_ids(request.ids)
+        self._encoding.require_ids(request.ids)
         self._still()
-        self._turn = request.turn
-        self._pending = np.concatenate([self._pending, request.ids])
-        self._length += len(request.ids)
+        self.turn = request.turn
+        self.history.extend(request.ids)
         self._meters.prompt.inc(len(request.ids))
-        if self._length == self.max_positions:
+        if len(self.history) == self.max_positions:
             self._finish(Kind.POSITIONS)
+            self.tell()
         else:
-            self._advance()
+            self._decoding.begin()
 
     def cancel(self) -> None:
         """Stop the running turn, if there is one; an output that is under way is dropped when it comes."""
-        if self._turn is not None:
+        if self.turn is not None:
             self._finish(Kind.CANCELLED)
+            self._decoding.cancelled()
+            self.tell()
 
     def taken(self) -> None:
         """The client took a frame: a paused session may go on."""
-        if self._stalled and self.frames.qsize() <= self._limits.steps_ahead // 2:
-            self._stalled = False
+        if self.paused and self.frames.qsize() <= self._limits.steps_ahead // 2:
+            self.paused = False
             self._still()
-            self._advance()
+            self._decoding.advance()
 
     def leave(self) -> None:
         """End when the running turn has: the enclave is going away, or the client has no more to say."""
         self._leaving = True
-        if self._turn is None:
+        if self.turn is None:
             self.frames.put_nowait(None)
 
     def drain(self) -> None:
         """As `leave`, and tell the client why."""
-        if self._turn is None:
+        if self.turn is None:
             self.failed(Draining("the enclave takes no more turns"))
         else:
             self._leaving = True
@@ -164,14 +142,13 @@ class Session:
         self.ended = True
         self._still()
         self._account.leave(self)
-        if self._turn is not None:
-            self._turn.ended = True
-            self._turn = None
-        if self._port is not None:
-            self._link.close(self._port)
-        self._pending = np.empty(0, np.uint32)
+        if self.turn is not None:
+            self.turn.ended = True
+            self.turn = None
+        self._decoding.travel.close()
+        self.history.clear()
 
-    # -- from the lease and the link --------------------------------------------------------------------------------
+    # -- from the lease and the way of decoding -----------------------------------------------------------------------
 
     def failed(self, error: StipError) -> None:
         """End the session with an error, told to the client after the steps it has not read yet."""
@@ -180,86 +157,62 @@ class Session:
         self.close()
         self._meters.telemetry.refused(error.code)
         self._log.warning("session failed", code=error.code)
+        self.tell()
         self.frames.put_nowait(failure(error))
 
     def lease_renewed(self, signed: bytes) -> None:
         """The gateway must know a lease before rows that need it."""
-        self._link.renew(signed)
+        self._decoding.travel.renew(signed)
 
-    # -- from the decoder -------------------------------------------------------------------------------------------
+    @property
+    def room(self) -> int:
+        """Steps that the client may still be behind."""
+        return self._limits.steps_ahead - self.frames.qsize() - len(self._ready)
 
-    def answered(self, turn: Turn, token: int | None, compute: float) -> None:
-        """The output that `turn` waited for was sampled to `token` (None: dropped, the turn had ended)."""
-        self.asking = None
-        if self.ended:
-            return
-        if turn.ended or token is None:
-            self._advance()
-            return
-        self._measure(turn, compute)
-        if token in turn.stop_ids:
-            self._finish(Kind.STOPPED)
-            return
-        turn.step += 1
-        self._length += 1
-        self._pending = np.array([token], np.uint32)
-        self._meters.generated.inc()
-        end = None
-        if turn.step == turn.max_tokens:
-            end = Kind.MAX_TOKENS
-        elif self._length == self.max_positions:
-            end = Kind.POSITIONS
-        elif self.frames.qsize() + 1 >= self._limits.steps_ahead:
-            self._stalled = True
+    def measure(self, turn: Turn, tokens: int, compute: float) -> None:
+        self._meters.answered(turn, tokens, compute)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Sampled ids of the running turn, in order. What lies behind its end is dropped."""
+        for token in tokens:
+            turn = self.turn
+            if turn is None:
+                return
+            if token in turn.stop_ids:
+                self._finish(Kind.STOPPED)
+                return
+            turn.step += 1
+            self.history.extend([token])
+            self._meters.generated.inc()
+            self._ready.append(_step(Kind.TOKEN, token, len(self.history)))
+            if turn.step == turn.max_tokens:
+                self._finish(Kind.MAX_TOKENS)
+            elif len(self.history) == self.max_positions:
+                self._finish(Kind.POSITIONS)
+        if self.turn is not None and self.room <= 0:
+            self.paused = True
             self._wait("a client that reads")
-        else:
-            self._advance()
-        self.frames.put_nowait(_step(Kind.TOKEN, token, self._length))
-        if end is not None:
-            self._finish(end)
 
-    def needs_row(self, turn: Turn, compute: float) -> None:
-        """The largest logits did not decide: ask for the whole row."""
-        if self.ended or turn.ended or self._port is None:
-            self.answered(turn, None, compute)
-        else:
-            turn.compute += compute
-            self._link.recall(self._port)
+    def stop(self) -> None:
+        """The running turn came upon a stop id on the server."""
+        self._finish(Kind.STOPPED)
+
+    def tell(self) -> None:
+        """Hand what was accepted to the client."""
+        ready, self._ready = self._ready, []
+        for frame in ready:
+            self.frames.put_nowait(frame)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """Feed what is pending, as far as nothing is awaited, the client keeps up and the lease admits it."""
-        waiting = self.ended or self._turn is None or self.asking is not None or self._stalled
-        if waiting or self._port is None or not len(self._pending):
-            return
-        rows = self._account.take(len(self._pending), self, self._advance)
-        if not rows:
-            return
-        ids, self._pending = self._pending[:rows], self._pending[rows:]
-        last = not len(self._pending)
-        if last:
-            self.asking = self._turn
-        self._link.feed(self._port, ids, last=last)
-
-    def _measure(self, turn: Turn, compute: float) -> None:
-        now = time.perf_counter()
-        if turn.last is None:
-            self._meters.first.observe(now - turn.began)
-        else:
-            gap = now - turn.last
-            self._meters.between.observe(gap)
-            self._meters.added.observe(max(0.0, gap - turn.compute - compute))
-        turn.last, turn.compute = now, 0.0
-
     def _finish(self, kind: Kind) -> None:
-        assert self._turn is not None
-        self._turn.ended = True
-        self._turn, self._stalled = None, False
+        assert self.turn is not None
+        self.turn.ended = True
+        self.turn, self.paused = None, False
         self._account.withdraw(self)
-        self.frames.put_nowait(_step(kind, 0, self._length))
+        self._ready.append(_step(kind, 0, len(self.history)))
         if self._leaving:
-            self.frames.put_nowait(None)
+            self._ready.append(None)
         else:
             self._wait("a turn")
 
@@ -277,7 +230,11 @@ class Session:
 
 def failure(error: StipError) -> enclave_pb2.EnclaveFrame:
     """How a client hears of an error."""
-    return enclave_pb2.EnclaveFrame(failed=enclave_pb2.Failed(code=error.code, message=error.message[:MESSAGE_LIMIT]))
+    return enclave_pb2.EnclaveFrame(
+        failed=enclave_pb2.Failed(
+            code=error.code, message=error.message[:MESSAGE_LIMIT], retry_after_ms=retry_after_ms(error)
+        )
+    )
 
 
 def _step(kind: Kind, token: int, position: int) -> enclave_pb2.EnclaveFrame:

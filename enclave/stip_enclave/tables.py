@@ -15,11 +15,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from stip_protocol.errors import ManifestMismatch, PositionRefused, RequestInvalid, SealedPartInvalid
+from stip_enclave.substitution import Substitution, require_ids
+from stip_protocol.errors import ManifestMismatch, PositionRefused, SealedPartInvalid
 from stip_protocol.manifest import FileDigest, Manifest, file_digest
 from stip_protocol.release import Grant
 from stip_protocol.sealed import read_sealed
 from stip_protocol.tensor import SAFETENSORS_DTYPE, row_bytes
+from stip_protocol.wire import model_pb2
 
 NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
@@ -61,6 +63,12 @@ class Tables:
         self.vocabulary = vocabulary
         self._raw = self._embedding.view(np.uint8).reshape(vocabulary, width * self._embedding.itemsize)
 
+    def feed(
+        self, slices: list[model_pb2.Slice], ids: NDArray[np.uint32], positions: NDArray[np.int64]
+    ) -> model_pb2.Feed:
+        """A frame of the keyed rows of `ids` [n] at `positions` [n]."""
+        return model_pb2.Feed(slices=slices, rows=self.rows(ids, positions))
+
     def rows(self, ids: NDArray[Any], positions: NDArray[Any]) -> bytes:
         """The keyed rows of `ids` [n] at `positions` [n]: n·d elements of the native dtype, row-major.
 
@@ -75,24 +83,16 @@ class Tables:
 
     def require_ids(self, ids: NDArray[Any]) -> None:
         """Raise `RequestInvalid` unless every id is in the vocabulary."""
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
-            raise RequestInvalid.because("ids", "an id outside the vocabulary", f"0 to {self.vocabulary - 1}")
+        require_ids(ids, self.vocabulary)
 
 
 def open_part(folder: Path, manifest: Manifest, manifest_digest: bytes, grant: Grant) -> EnclavePart:
     """Open `folder` (an instance's `enclave/`) with the grant's key.
 
-    Raises `ManifestMismatch` where the grant is for another instance, epoch, preset or manifest, and
-    `SealedPartInvalid` for a file that is missing, unlisted, changed, cut, moved or of another shape.
+    Raises what `require_grant` does, and `SealedPartInvalid` for a file that is missing, unlisted, changed, cut, moved
+    or of another shape.
     """
-    for name, got, allowed in (
-        ("instance", grant.instance, manifest.instance),
-        ("epoch", grant.epoch, manifest.epoch),
-        ("preset", grant.preset, manifest.preset),
-        ("manifest_digest", grant.manifest_digest.hex(), manifest_digest.hex()),
-    ):
-        if got != allowed:
-            raise ManifestMismatch.because(f"grant {name}", got, allowed)
+    require_grant(grant, manifest, manifest_digest)
     shapes = _shapes(manifest)
     found: dict[str, SealedTensor] = {}
     for file, digest in sorted(manifest.enclave.items()):
@@ -104,6 +104,37 @@ def open_part(folder: Path, manifest: Manifest, manifest_digest: bytes, grant: G
     if missing := sorted(wanted - found.keys()):
         raise SealedPartInvalid.because("enclave part", f"no {missing[0]}.sealed", "one")
     return EnclavePart(found[EMBEDDING], found.get(POSITIONS), found.get(HEAD), found.get(HEAD_BIAS))
+
+
+def open_substitution(manifest: Manifest, manifest_digest: bytes, grant: Grant) -> Substitution:
+    """What the enclave holds of an instance whose server decodes alone: π_c, and no tables.
+
+    Raises what `require_grant` does, `ManifestMismatch` for a grant without a vocabulary seed, and `SealedPartInvalid`
+    for a manifest that lists tables all the same.
+    """
+    require_grant(grant, manifest, manifest_digest)
+    if manifest.enclave:
+        raise SealedPartInvalid.because("enclave part", f"{len(manifest.enclave)} files", "none: the server holds all")
+    return Substitution(require_seed(grant), manifest.vocabulary)
+
+
+def require_seed(grant: Grant) -> bytes:
+    """The seed of π_c. Raises `ManifestMismatch` where the grant has none."""
+    if grant.vocabulary_seed is None:
+        raise ManifestMismatch.because("grant vocabulary_seed", "none", "one: this instance's head is outside")
+    return grant.vocabulary_seed
+
+
+def require_grant(grant: Grant, manifest: Manifest, manifest_digest: bytes) -> None:
+    """Raise `ManifestMismatch` where the grant is for another instance, epoch, preset or manifest."""
+    for name, got, allowed in (
+        ("instance", grant.instance, manifest.instance),
+        ("epoch", grant.epoch, manifest.epoch),
+        ("preset", grant.preset, manifest.preset),
+        ("manifest_digest", grant.manifest_digest.hex(), manifest_digest.hex()),
+    ):
+        if got != allowed:
+            raise ManifestMismatch.because(f"grant {name}", got, allowed)
 
 
 def as_numbers(array: NDArray[Any]) -> NDArray[Any]:

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from stip_enclave.config import Limits
 from stip_enclave.sampling import Sampler, Sampling
 from stip_protocol.errors import FrameInvalid, RequestInvalid
+from stip_protocol.fields import ID_BYTES
 from stip_protocol.wire import enclave_pb2
-
-ID_BYTES = 4
-"""An id on the wire: uint32, little-endian."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +25,8 @@ class Turn:
     max_tokens: int
     began: float
     """Arrival, `time.perf_counter`."""
+    drafts: int = 0
+    """Ids guessed ahead a round trip, at most."""
     step: int = 0
     """Tokens sampled in this turn so far: the index of the next draw."""
     last: float | None = None
@@ -51,9 +51,11 @@ class TurnRequest:
         stop_ids = _ids(wanted.stop_ids, "sampling stop_ids", limits.stop_ids)
         if wanted.max_tokens < 1:
             raise RequestInvalid.because("sampling max_tokens", 0, "at least 1")
+        if wanted.drafts > limits.drafts:
+            raise RequestInvalid.because("sampling drafts", wanted.drafts, f"0 to {limits.drafts}")
         sampling = Sampling(temperature=wanted.temperature, top_k=wanted.top_k, top_p=wanted.top_p, seed=wanted.seed)
-        turn = Turn(Sampler(sampling), frozenset(stop_ids.tolist()), wanted.max_tokens, time.perf_counter())
-        return cls(ids, turn)
+        stops, began = frozenset(stop_ids.tolist()), time.perf_counter()
+        return cls(ids, Turn(Sampler(sampling), stops, wanted.max_tokens, began, wanted.drafts))
 
 
 def _ids(data: bytes, what: str, limit: int) -> NDArray[Any]:

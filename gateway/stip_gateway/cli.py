@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from stip_gateway.config import GatewaySettings
 from stip_gateway.main import run
 from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime import loop
 from stip_protocol.runtime.config import load
 
 
@@ -31,7 +31,7 @@ def serve(config: Path) -> None:
     Prints one JSON line with the addresses once it listens. Exits 2 where the configuration cannot be used.
     """
     try:
-        asyncio.run(run(load(GatewaySettings, config)))
+        loop.run(run(load(GatewaySettings, config)))
     except ConfigurationError as error:
         click.echo(f"stip-gateway: {error} ({error.action})", err=True)
         raise SystemExit(2) from None

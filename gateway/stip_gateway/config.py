@@ -26,10 +26,12 @@ class Limits(Settings):
     """Bounds of one link and of the whole gateway."""
 
     links: int = Field(default=256, ge=1)
+    links_per_enclave: int = Field(default=64, ge=1)
+    """Of one link certificate: a link needs no lease, so nothing else keeps one enclave from taking all."""
     sessions_per_link: int = Field(default=256, ge=1)
     slices_per_frame: int = Field(default=512, ge=1)
-    outbox: int = Field(default=1024, ge=16)
-    """Frames waiting for a slow enclave before its replica is read no further."""
+    retry_seconds: float = Field(default=1.0, gt=0)
+    """After which one who was refused a link or a session for want of room may try again."""
     leases: int = Field(default=65536, ge=1)
     """Lease accounts kept; expired ones are dropped first, then new leases are refused."""
     describe_seconds: float = Field(default=5.0, gt=0)

@@ -34,7 +34,9 @@ async def run(settings: GatewaySettings) -> None:
     replicas = Replicas(settings.replicas, roots=roots, identity=identity, limits=settings.limits)
     key = read_ed25519(settings.service_key, field="service_key")
     admission = Admission(key=key, audience=settings.audience, limit=settings.limits.leases)
-    service = GatewayService(replicas, admission, settings.limits, telemetry)
+    service = GatewayService(
+        replicas, admission, settings.limits, telemetry, drain_seconds=settings.serving.drain_seconds
+    )
     credentials = rpc.server_credentials(
         read_file(settings.certificate, field="certificate"),
         read_file(settings.private_key, field="private_key"),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 import structlog
 
 from stip_gateway.config import Limits, ReplicaSettings
 from stip_protocol import versions
-from stip_protocol.errors import InstanceRefused, ManifestMismatch, ReplicaLost, StipError, TensorInvalid
+from stip_protocol.errors import Draining, InstanceRefused, ManifestMismatch, ReplicaLost, StipError, TensorInvalid
 from stip_protocol.rpc import channel, from_rpc
 from stip_protocol.tensor import FRAME_LIMIT, row_bytes
 from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 
 class Replica:
-    """One model server: its channel, its card once it has described itself, and the sessions routed to it."""
+    """One model server: its channel, its card once it has described itself, and what is known of its load."""
 
     def __init__(self, settings: ReplicaSettings, opened: grpc.aio.Channel) -> None:
         self.settings = settings
@@ -26,7 +28,27 @@ class Replica:
         self.card: model_pb2.Card | None = None
         """While it answers."""
         self.sessions = 0
+        """Routed to it by this gateway and open now."""
+        self.links = 0
+        """Of this gateway."""
+        self.draining_until = -math.inf
+        """On the clock of `Replicas`: no new link goes to it before."""
+        self._others = 0
         self._manifest_digest: bytes | None = None
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """What two replicas are compared by: sessions, those of other gateways included, and then links, because
+        sessions will open on links that have none yet."""
+        return self.sessions + self._others, self.links
+
+    def reported(self, sessions: int) -> None:
+        """What it said of its load: sessions beyond ours came by other gateways."""
+        self._others = max(0, sessions - self.sessions)
+
+    def forget(self) -> None:
+        """It answers no more: what it said of itself holds no longer."""
+        self.card, self._others, self.draining_until = None, 0, -math.inf
 
     async def describe(self, seconds: float) -> model_pb2.Card:
         """Ask again. Raises the replica's own error or `ReplicaLost`, and then it has no card any more; while it
@@ -35,7 +57,7 @@ class Replica:
         try:
             self.card = await self._ask(seconds)
         except StipError:
-            self.card = None
+            self.forget()
             raise
         return self.card
 
@@ -61,58 +83,100 @@ class Replica:
 
 
 class Replicas:
-    """The routing table, kept current by `refresh`."""
+    """The routing table, kept current by `refresh` and by what links tell of their replicas."""
 
     def __init__(
-        self, table: Sequence[ReplicaSettings], *, roots: bytes, identity: tuple[bytes, bytes], limits: Limits
+        self,
+        table: Sequence[ReplicaSettings],
+        *,
+        roots: bytes,
+        identity: tuple[bytes, bytes],
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = limits
+        """`clock`: seconds, for how long a replica drains."""
+        self._limits, self._clock = limits, clock
         self._replicas = [
             Replica(row, channel(row.address, roots=roots, identity=identity, server_name=row.server_name))
             for row in table
         ]
+        self._ask_again = asyncio.Event()
+        self._asking: dict[Replica, asyncio.Task[None]] = {}
 
     async def choose(self, instance: str, epoch: int, name: str | None) -> Replica:
-        """The least loaded replica that holds the instance epoch and answers; `name` asks for one.
+        """The least loaded replica that holds the instance epoch, answers and does not drain; `name` asks for one.
 
-        Raises `InstanceRefused` where the table has none and `ReplicaLost` where none answers.
+        Raises `InstanceRefused` where the table has none, `Draining` where all that answer drain, and `ReplicaLost`
+        where none answers.
         """
-        rows = [
-            replica
-            for replica in self._replicas
-            if (replica.settings.instance, replica.settings.epoch) == (instance, epoch)
-            and name in (None, replica.settings.name)
-        ]
+        rows = [replica for replica in self._holding(instance, epoch) if name in (None, replica.settings.name)]
         if not rows:
             raise InstanceRefused("instance: no replica of this gateway holds this instance and epoch")
-        if not any(replica.card for replica in rows):
-            await asyncio.gather(*(self._try(replica) for replica in rows))
-        answering = [replica for replica in rows if replica.card]
-        if not answering:
-            raise ReplicaLost("no replica of this instance answers")
-        return min(answering, key=lambda replica: replica.sessions)
+        if not any(map(self._takes_links, rows)):
+            await asyncio.gather(*(self._try(replica) for replica in rows if replica.card is None))
+        if ready := [replica for replica in rows if self._takes_links(replica)]:
+            return min(ready, key=lambda replica: replica.load)
+        again = self._limits.refresh_seconds
+        if any(replica.card for replica in rows):
+            raise Draining("every replica of this instance drains", retry_after=again)
+        raise ReplicaLost("no replica of this instance answers", retry_after=again)
 
     def names(self, instance: str, epoch: int) -> list[str]:
-        """The replicas of an instance epoch that answer."""
-        return [
-            replica.settings.name
-            for replica in self._replicas
-            if replica.card and (replica.card.instance, replica.card.epoch) == (instance, epoch)
-        ]
+        """The replicas of an instance epoch that answer and do not drain."""
+        return [each.settings.name for each in self._holding(instance, epoch) if self._takes_links(each)]
 
     def answering(self) -> int:
         return sum(replica.card is not None for replica in self._replicas)
 
+    def drains(self, replica: Replica, seconds: float) -> None:
+        """It said so: new links go elsewhere for `seconds`, or until it has gone and come back.
+
+        One that does not say how long is tried again after `refresh_seconds`, and may say so again.
+        """
+        now = self._clock()
+        if now >= replica.draining_until:
+            structlog.get_logger().info("replica drains", replica=replica.settings.name, seconds=seconds)
+        replica.draining_until = now + max(seconds, self._limits.refresh_seconds)
+
+    def lost(self, replica: Replica) -> None:
+        """A link to it broke: new links go elsewhere until it has described itself again. It is asked at once."""
+        if replica.card is not None:
+            replica.forget()
+            structlog.get_logger().warning("replica lost", replica=replica.settings.name, code=ReplicaLost.code)
+        self._ask_again.set()
+
     async def refresh(self) -> None:
         """Describe every replica again, for ever."""
         while True:
+            self._ask_again.clear()
             await asyncio.gather(*(self._try(replica) for replica in self._replicas))
-            await asyncio.sleep(self._limits.refresh_seconds)
+            try:
+                async with asyncio.timeout(self._limits.refresh_seconds):
+                    await self._ask_again.wait()
+            except TimeoutError:
+                continue
 
     async def close(self) -> None:
+        for task in self._asking.values():
+            task.cancel()
         await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
 
+    def _holding(self, instance: str, epoch: int) -> list[Replica]:
+        wanted = (instance, epoch)
+        return [each for each in self._replicas if (each.settings.instance, each.settings.epoch) == wanted]
+
+    def _takes_links(self, replica: Replica) -> bool:
+        return replica.card is not None and self._clock() >= replica.draining_until
+
     async def _try(self, replica: Replica) -> None:
+        """Ask a replica, together with all who are asking it already: callers do not multiply on the way through."""
+        task = self._asking.get(replica)
+        if task is None:
+            task = self._asking[replica] = asyncio.create_task(self._ask(replica))
+            task.add_done_callback(lambda _: self._asking.pop(replica))
+        await asyncio.shield(task)
+
+    async def _ask(self, replica: Replica) -> None:
         was = replica.card is not None
         try:
             await replica.describe(self._limits.describe_seconds)

@@ -77,10 +77,12 @@ class StipError(Exception):
     action: ClassVar[Action] = Action.STOP
     grpc_status: ClassVar[str] = "INTERNAL"
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
+    def __init__(self, message: str, *, field: str | None = None, retry_after: float | None = None) -> None:
+        """`retry_after`: seconds after which trying again may help, where whoever refuses can tell."""
         self.message = "".join(character if character.isprintable() else _UNPRINTABLE for character in message)
         super().__init__(self.message)
         self.field = field
+        self.retry_after = retry_after
 
     @classmethod
     def because(cls, field: str, got: object, allowed: object) -> Self:
@@ -293,8 +295,10 @@ BY_CODE: dict[str, type[StipError]] = {cls.code: cls for cls in _walk(StipError)
 """The tree by stable code: how an error that crossed a process boundary becomes itself again."""
 
 
-def from_code(code: str, message: str) -> StipError:
+def from_code(code: str, message: str, retry_after: float | None = None) -> StipError:
     """The error a peer reported. An unknown code (a newer peer) becomes the root, with the code in the message."""
     known = BY_CODE.get(code)
     message = message[:MESSAGE_LIMIT]
-    return known(message) if known else StipError(f"{message} (unknown code {code[:64]!r})")
+    if known is None:
+        return StipError(f"{message} (unknown code {code[:64]!r})", retry_after=retry_after)
+    return known(message, retry_after=retry_after)

@@ -19,6 +19,10 @@ REQUEST_ID_KEY = "stip-request-id"
 INSTANCE_KEY = "stip-instance"
 EPOCH_KEY = "stip-epoch"
 REPLICA_KEY = "stip-replica"
+RETRY_KEY = "grpc-retry-pushback-ms"
+"""Milliseconds after which trying again may help: the name and form of gRFC A6 ("pushback")."""
+RETRY_LIMIT = 3600.0
+"""Seconds: what a peer asks beyond this is taken for this."""
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -28,6 +32,9 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_http_proxy", 0),
+    # A peer that came back is to be found within seconds; gRPC's own limit is two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
@@ -63,27 +70,51 @@ def channel(
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
+def retry_after_ms(error: StipError) -> int:
+    """`error.retry_after` as messages carry it: whole milliseconds, at least 1; 0 where it is not said."""
+    return 0 if error.retry_after is None else max(1, round(error.retry_after * 1000))
+
+
+def retry_after(milliseconds: int) -> float | None:
+    """`StipError.retry_after` of what a message carries, bounded; None where it is not said."""
+    return min(milliseconds / 1000, RETRY_LIMIT) or None
+
+
 def trailing(error: StipError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata that carries the stable code."""
-    return ((ERROR_CODE_KEY, error.code),)
+    """Trailing metadata that carries the stable code and, where it is known, when to try again."""
+    code = (ERROR_CODE_KEY, error.code)
+    return (code,) if error.retry_after is None else (code, (RETRY_KEY, str(retry_after_ms(error))))
 
 
 def from_rpc(error: grpc.aio.AioRpcError) -> StipError:
     """The error a peer raised, or what the transport's failure means."""
-    code = dict(error.trailing_metadata() or ()).get(ERROR_CODE_KEY)
+    metadata = {key: _text(value) for key, value in error.trailing_metadata() or ()}
+    code = metadata.get(ERROR_CODE_KEY)
     details = (error.details() or "")[:MESSAGE_LIMIT]
     if code is not None:
-        return from_code(code.decode() if isinstance(code, bytes) else code, details)
+        return from_code(code, details, _pushback(metadata.get(RETRY_KEY, "")))
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the peer did not answer in time")
     return Unavailable(f"the peer cannot be reached or broke off ({error.code().name.lower()})")
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _pushback(milliseconds: str) -> float | None:
+    """Seconds. What is no number of milliseconds says nothing: gRFC A6 has it that one should not try again then."""
+    if not (milliseconds.isascii() and milliseconds.isdigit() and 0 < len(milliseconds) <= 10):
+        return None
+    return min(int(milliseconds) / 1000, RETRY_LIMIT)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns a `StipError` raised in a handler into a status with its code.
 
     Anything else becomes a bare INTERNAL: the text of an unexpected exception stays in the process, and
-    `report` gets the exception to count and log it.
+    `report` gets the exception to count and log it. A streaming handler yields its replies, or reads and writes
+    through its context: the latter costs one task and one queue less a message.
     """
 
     def __init__(self, report: Callable[[BaseException], None]) -> None:
@@ -99,15 +130,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                self._awaited(handler.unary_unary), handler.request_deserializer, handler.response_serializer
             )
         if handler.stream_stream is not None:
+            behaviour = handler.stream_stream
+            wrap = self._yielding if inspect.isasyncgenfunction(behaviour) else self._awaited
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream), handler.request_deserializer, handler.response_serializer
+                wrap(behaviour), handler.request_deserializer, handler.response_serializer
             )
         return handler
 
-    def _unary(self, behaviour: Any) -> Any:
+    def _awaited(self, behaviour: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 result = behaviour(request, context)
@@ -119,7 +152,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _stream(self, behaviour: Any) -> Any:
+    def _yielding(self, behaviour: Any) -> Any:
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
                 async for reply in behaviour(requests, context):

@@ -51,9 +51,14 @@ ADDED_LATENCY = Metric(
     ("enclave",),
 )
 TOKENS = Metric("stip_tokens_total", "Tokens, by direction (prompt, generated)", ("enclave",), ("direction",))
-ROWS = Metric("stip_rows_total", "Rows of tensors taken in", ("gateway", "server"))
+ROWS = Metric(
+    "stip_rows_total",
+    "Rows fed, or ids fed where the server decodes alone; ids that it generates are not in it",
+    ("gateway", "server"),
+)
 SESSIONS = Metric("stip_sessions", "Sessions open now", ("enclave", "gateway", "server"))
 LINKS = Metric("stip_links", "Links open now", ("enclave", "gateway", "server"))
+TASKS = Metric("stip_tasks", "Tasks of the event loop that are alive now: a leak shows here first", SERVING)
 STEP_SESSIONS = Metric("stip_step_sessions", "Sessions batched in one step", ("server",), buckets=COUNT_BUCKETS)
 REFUSALS = Metric("stip_refusals_total", "Refusals, by error code", SERVING, ("code",))
 RELEASES = Metric(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
 import click
 
 from stip_protocol.errors import StipError
+from stip_protocol.runtime import loop
 from stip_protocol.runtime.config import load
 from stip_server.config import ServerSettings
 
@@ -28,7 +28,7 @@ def serve(config: Path) -> None:
         # Imported late: a wrong configuration is told without loading torch.
         from stip_server.main import run
 
-        asyncio.run(run(settings))
+        loop.run(run(settings))
     except StipError as error:
         click.echo(f"stip-server: {error} ({error.action})", err=True)
         sys.exit(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stip_protocol.errors import TensorInvalid
+from stip_protocol.fields import require_id_bytes
 from stip_protocol.tensor import row_bytes
 from stip_server.engine import Card
 
@@ -30,3 +31,10 @@ def require_rows(data: bytes | memoryview, rows: int, card: Card) -> None:
     came, expected = memoryview(data).nbytes, rows * row_bytes(card.dtype, card.width)
     if came != expected:
         raise TensorInvalid.because("rows", f"{came} bytes", f"{expected} ({rows} rows of {card.width} {card.dtype})")
+
+
+def require_ids(data: bytes | memoryview, count: int, card: Card) -> None:
+    """Raise `TensorInvalid` unless `data` holds exactly `count` ids of the card's vocabulary."""
+    require_id_bytes(data, count, "ids")
+    if count and int(np.frombuffer(data, "<u4").max()) >= card.vocabulary:
+        raise TensorInvalid.because("ids", "an id outside the vocabulary", f"0 to {card.vocabulary - 1}")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import structlog
-import torch
 
-from stip_protocol.errors import ConfigurationError
 from stip_protocol.rpc import server_credentials
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
 from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
 from stip_server.config import ServerSettings
-from stip_server.engines.transformers import TransformersEngine, card_for, load
+from stip_server.engines.factories import FACTORIES
 from stip_server.service import ModelService
 
 
@@ -27,13 +25,10 @@ async def run(settings: ServerSettings) -> None:
         read_file(settings.private_key, field="private_key"),
         client_ca=read_file(settings.client_ca, field="client_ca"),
     )
-    device = settings.engine.device
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ConfigurationError.because("engine.device", device, "cpu (this machine offers no CUDA device)")
-    loaded = load(settings.instance, read_ed25519(settings.developer_key, field="developer_key"), device)
-    card = card_for(loaded.model, loaded.head, settings.engine, manifest=loaded.manifest, digest=loaded.digest)
-    engine = TransformersEngine(loaded.model, loaded.head, card, settings.engine)
-    log.info("loaded", instance=card.instance, epoch=card.epoch, preset=card.preset, dtype=card.dtype)
+    developer = read_ed25519(settings.developer_key, field="developer_key")
+    engine = await FACTORIES[settings.engine.kind](settings.instance, developer, settings.engine)
+    card, kind = engine.card, settings.engine.kind
+    log.info("loaded", engine=kind, instance=card.instance, epoch=card.epoch, preset=card.preset, dtype=card.dtype)
     telemetry = Telemetry("server", simulated=settings.simulated)
     service = ModelService(engine, telemetry, name=settings.name, drain_seconds=settings.serving.drain_seconds)
     pump = asyncio.create_task(service.pump())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -18,17 +18,23 @@ from stip_protocol.errors import (
     RequestInvalid,
     SessionUnknown,
     StipError,
+    Unavailable,
 )
+from stip_protocol.fields import require_handle
 from stip_protocol.rpc import EPOCH_KEY, INSTANCE_KEY, REPLICA_KEY
 from stip_protocol.telemetry import LINKS, ROWS, SESSIONS, STEP_SESSIONS, Telemetry
 from stip_protocol.wire import model_pb2 as wire
 from stip_protocol.wire import model_pb2_grpc
-from stip_server.engine import Ended, Engine, Event, Output, Stepped
-from stip_server.messages import card_message, closed, fed_frames, form_of, require_handle, slices_of
-from stip_server.peer import Peer
-
-OUTBOX_LIMIT = 1024
-"""Replies that wait for a peer that does not read; then nothing more is read from it."""
+from stip_server.engine import Ended, Engine, Event, Form, Stepped
+from stip_server.messages import (
+    Answer,
+    card_message,
+    closed,
+    form_of,
+    generation_of,
+    slices_of,
+)
+from stip_server.peer import Member, Peer
 
 
 class ModelService(model_pb2_grpc.ModelServicer):
@@ -44,6 +50,7 @@ class ModelService(model_pb2_grpc.ModelServicer):
         self._drain_seconds = drain_seconds
         self._links: dict[int, Peer] = {}
         self._numbers = itertools.count(1)
+        self._sessions = 0
         self._draining = False
         self._quiet = asyncio.Event()
         self._log = structlog.get_logger()
@@ -52,6 +59,8 @@ class ModelService(model_pb2_grpc.ModelServicer):
             "feed": self._feed,
             "close": self._close,
             "recall": self._recall,
+            "generate": self._generate,
+            "halt": self._halt,
             # A lease is the gateway's business; an enclave that links without one loses nothing by renewing.
             "renew": lambda peer, message: None,
         }
@@ -60,7 +69,7 @@ class ModelService(model_pb2_grpc.ModelServicer):
     @property
     def sessions(self) -> int:
         """Open now."""
-        return sum(len(peer.sessions) for peer in self._links.values())
+        return self._sessions
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the service to a server."""
@@ -73,24 +82,25 @@ class ModelService(model_pb2_grpc.ModelServicer):
         self._require_instance(request.instance, request.epoch)
         return card_message(self._card, self._name)
 
-    async def Link(  # noqa: N802 - the wire's name
-        self, requests: AsyncIterator[wire.Up], context: grpc.aio.ServicerContext[wire.Up, wire.Down]
-    ) -> AsyncIterator[wire.Down]:
+    async def Link(  # type: ignore[override]  # noqa: N802 - the wire's name; the stubs know iterators alone
+        self, _: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
         """Raises `FrameInvalid`, `InstanceRefused`, `ReplicaLost` or `Draining` before, `FrameInvalid` or
         `TensorInvalid` after the stream began: a malformed frame ends it."""
         self._admit(dict(context.invocation_metadata() or ()))
         peer = Peer(next(self._numbers))
         self._links[peer.number] = peer
         self._count()
-        # Besides `finally`: a generator that is suspended when its call is cancelled is closed at some later time.
+        # Besides `finally`, which an unread reply delays.
         context.add_done_callback(lambda _: self._detach(peer))  # type: ignore[arg-type]  # the stubs are wrong
-        reader = asyncio.create_task(self._read(peer, requests))
+        reader = asyncio.create_task(self._read(peer, context))
         reader.add_done_callback(peer.read_to_the_end)
         try:
-            while (message := await peer.outbox.get()) is not None:
-                message.load = self.sessions
-                yield message
-                peer.outbox.task_done()
+            while (parcel := await peer.outbox.next()) is not None:
+                for message in parcel.messages():
+                    message.load = self._sessions
+                    await context.write(message)
+                peer.outbox.sent(parcel)
             if reader.done():
                 await reader
         finally:
@@ -98,62 +108,96 @@ class ModelService(model_pb2_grpc.ModelServicer):
             self._detach(peer)
 
     async def pump(self) -> None:
-        """Hand the engine's events to the links, until the engine stops."""
-        async for events in self._engine.steps():
-            self._dispatch(events)
-            # What was dispatched leaves first: before it is counted, and before the engine looks for its next step.
-            await asyncio.sleep(0)
-            self._observe(events)
+        """Hand the engine's events to the links, until the engine stops. Where it fails, so does this, and no session
+        waits for what will not come."""
+        try:
+            async for events in self._engine.steps():
+                self._dispatch(events)
+                # What was dispatched leaves first: before it is counted, and before the engine looks for its next step.
+                await asyncio.sleep(0)
+                self._observe(events)
+        except Exception:
+            self._draining = True
+            for peer in self._links.values():
+                for handle in list(peer.sessions):
+                    self._end(peer, handle, Unavailable("the engine of this replica failed"))
+            self._count()
+            raise
 
     async def drain(self) -> None:
         """No new sessions; returns when the open ones have ended."""
         self._draining = True
         self._count()
         for peer in self._links.values():
-            peer.send(wire.Down(drain=wire.Drain(seconds=round(self._drain_seconds))))
+            peer.outbox.put(wire.Down(drain=wire.Drain(seconds=round(self._drain_seconds))))
         await self._quiet.wait()
         for peer in self._links.values():
-            peer.finish()
+            peer.outbox.finish()
 
-    async def _read(self, peer: Peer, requests: AsyncIterator[wire.Up]) -> None:
-        async for message in requests:
+    async def _read(self, peer: Peer, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        # Read and written through the context: iterators would cost two more turns of the loop a message.
+        while (message := await context.read()) is not grpc.aio.EOF:
             body = message.WhichOneof("body")
             if body is None:
                 raise FrameInvalid.because("body", "none that is known", ", ".join(self._handlers))
             self._handlers[body](peer, getattr(message, body))
-            if peer.outbox.qsize() > OUTBOX_LIMIT:
-                await peer.outbox.join()
+            await peer.outbox.room()
 
     def _open(self, peer: Peer, message: wire.Open) -> None:
-        handle = require_handle(message.session)
+        handle = require_handle(message.session, "session")
         try:
             if self._draining:
                 raise Draining("this replica takes no new sessions")
             if handle in peer.sessions:
                 raise RequestInvalid.because("session", "a handle that is open", "a fresh one")
             form = form_of(message)
-            self._engine.open((peer.number, handle), max_positions=message.max_positions, output=form)
+            self._engine.open(
+                (peer.number, handle), max_positions=message.max_positions, output=form, account=message.account
+            )
         except StipError as error:
             self._end(peer, handle, error)
             return
-        peer.admit(handle, message.request_id)
-        peer.send(wire.Down(opened=wire.Opened(session=handle)))
+        peer.admit(handle, Member(message.request_id, form))
+        peer.outbox.put(wire.Down(opened=wire.Opened(session=handle)))
         self._count()
         with structlog.contextvars.bound_contextvars(request_id=message.request_id):
             self._log.info("session opened", link=peer.number, sessions=self.sessions)
 
     def _feed(self, peer: Peer, message: wire.Feed) -> None:
-        slices = slices_of(message, peer.number, self._card)
-        self._engine.feed([piece for piece in slices if self._holds(peer, piece.session[1])])
-        self._rows.inc(sum(piece.count for piece in slices))
+        of_ids, accepted = bool(message.ids), []
+        for piece in slices_of(message, peer.number, self._card):
+            handle = piece.session[1]
+            if not self._holds(peer, handle):
+                continue
+            if (peer.sessions[handle].form is Form.IDS) is of_ids:
+                accepted.append(piece)
+            else:
+                came, allowed = ("ids", "rows") if of_ids else ("rows", "ids")
+                self._end(peer, handle, FrameInvalid.because("frame", came, f"{allowed}, by the session's output"))
+        self._engine.feed(accepted)
+        self._rows.inc(sum(piece.count for piece in accepted))
 
     def _recall(self, peer: Peer, message: wire.Recall) -> None:
-        handle = require_handle(message.session)
+        handle = require_handle(message.session, "session")
         if self._holds(peer, handle):
             self._engine.recall((peer.number, handle), message.position)
 
+    def _generate(self, peer: Peer, message: wire.Generate) -> None:
+        handle = require_handle(message.session, "session")
+        if not self._holds(peer, handle):
+            return
+        try:
+            self._engine.generate((peer.number, handle), generation_of(message, self._card))
+        except RequestInvalid as error:
+            self._end(peer, handle, error)
+
+    def _halt(self, peer: Peer, message: wire.Halt) -> None:
+        handle = require_handle(message.session, "session")
+        if self._holds(peer, handle):
+            self._engine.halt((peer.number, handle))
+
     def _close(self, peer: Peer, message: wire.Close) -> None:
-        handle = require_handle(message.session)
+        handle = require_handle(message.session, "session")
         if handle in peer.sessions:
             self._end(peer, handle, None)
 
@@ -173,12 +217,12 @@ class ModelService(model_pb2_grpc.ModelServicer):
         code = "closed" if error is None else error.code
         if error is not None:
             self._telemetry.refused(code)
-            peer.send(closed(handle, error))
+            peer.outbox.put(closed(handle, error))
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             self._log.info("session ended", link=peer.number, code=code, sessions=self.sessions)
 
     def _dispatch(self, events: list[Event]) -> None:
-        outputs: dict[int, list[Output]] = {}
+        answers: dict[int, list[Answer]] = {}
         for event in events:
             if isinstance(event, Stepped):
                 continue
@@ -188,17 +232,16 @@ class ModelService(model_pb2_grpc.ModelServicer):
             if isinstance(event, Ended):
                 self._end(peer, event.session[1], event.error)
             else:
-                outputs.setdefault(peer.number, []).append(event)
-        for number, group in outputs.items():
-            for frame in fed_frames(group, self._card):
-                self._links[number].send(frame)
+                answers.setdefault(peer.number, []).append(event)
+        for number, group in answers.items():
+            self._links[number].answer(group)
 
     def _observe(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Stepped):
                 self._compute.observe(event.compute)
                 self._step_sessions.observe(event.sessions)
-            elif isinstance(event, Output):
+            elif not isinstance(event, Ended):
                 self._queue.observe(event.queue)
 
     def _detach(self, peer: Peer) -> None:
@@ -211,7 +254,7 @@ class ModelService(model_pb2_grpc.ModelServicer):
         self._count()
 
     def _count(self) -> None:
-        open_now = self.sessions
+        self._sessions = open_now = sum(len(peer.sessions) for peer in self._links.values())
         self._telemetry.gauge(SESSIONS).set(open_now)
         self._telemetry.gauge(LINKS).set(len(self._links))
         if self._draining and not open_now:

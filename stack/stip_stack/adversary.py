@@ -25,8 +25,8 @@ from stip import keys
 from stip.channel import fetch_certificate
 from stip.keys import UserKey
 from stip.profile import Profile
+from stip_enclave.cards import OUTPUT
 from stip_enclave.identity import EnclaveIdentity
-from stip_enclave.link import OUTPUT
 from stip_enclave.release import ReleaseClient
 from stip_keyservice.service.linkca import issue_link_certificate
 from stip_protocol import rpc
@@ -144,7 +144,7 @@ class RawLink:
 
     async def feed(self, *slices: tuple[bytes, int, int], rows: bytes) -> None:
         """Slices as (session, position, count), each the last of its rows."""
-        parts = [model_pb2.Slice(session=s, position=at, count=count, last=True) for s, at, count in slices]
+        parts = [model_pb2.Slice(session=s, position=at, count=count, outputs=1) for s, at, count in slices]
         await self.send(model_pb2.Up(feed=model_pb2.Feed(slices=parts, rows=rows)))
 
     async def read(self) -> model_pb2.Down:

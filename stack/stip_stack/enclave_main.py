@@ -6,7 +6,6 @@ production part can be talked into simulated evidence by an option.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ import click
 from stip_enclave.config import EnclaveSettings
 from stip_enclave.main import run
 from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime import loop
 from stip_protocol.runtime.config import load
 from stip_stack.tee import load_provider
 
@@ -26,7 +26,7 @@ def main(config: Path, insecure_simulated_tee: Path, measurement: str) -> None:
     """Serve with simulated evidence. Protects nothing; for demos and tests."""
     try:
         provider = load_provider(insecure_simulated_tee, bytes.fromhex(measurement))
-        asyncio.run(run(load(EnclaveSettings, config), provider))
+        loop.run(run(load(EnclaveSettings, config), provider))
     except ConfigurationError as error:
         click.echo(f"stip-enclave (simulated): {error} ({error.action})", err=True)
         raise SystemExit(2) from None

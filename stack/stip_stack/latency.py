@@ -35,6 +35,15 @@ def scrape(address: str) -> str:
     return text
 
 
+def gauge(address: str, metric: Metric) -> float:
+    """The value of one part's metric without labels. Raises `KeyError` where the part does not export it."""
+    for family in text_string_to_metric_families(scrape(address)):
+        for sample in family.samples:
+            if sample.name == metric.name:
+                return sample.value
+    raise KeyError(metric.name)
+
+
 def table(addresses: Mapping[str, str]) -> list[Row]:
     """Stages of all parts, then the token metrics; only what has been observed. `addresses` is part: host:port."""
     rows = []

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from stip import keys
+from stip_protocol.errors import ConfigurationError
+from stip_stack.delay import Dial
 from stip_stack.processes import Process, run
 from stip_stack.workspace import MEASUREMENT, Published, Workspace
 
 BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one model server is started, where it differs from the others."""
+
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Over the `[engine]` table that all servers get."""
+    python: Path = Path(sys.executable)
+    """Of the environment it runs in; the one of vLLM is not ours. It must be able to import `stip_server`."""
+    seconds: float = 120.0
+    """It may take to listen."""
 
 
 class Stack:
@@ -23,13 +38,17 @@ class Stack:
             stack.start([instance])
             profile = stack.enrol("demo", instance)
 
-    `environment` is added to every process's; `engine` is the `[engine]` table of every replica.
+    `environment` is added to every process's. Model servers are called `server-I-R`: replica R of the instance I, as
+    they are given to `start`; the other processes `keyservice`, `gateway`, `enclave` and, where there is one, `delay`.
+    A part that was killed as a crash would (`stack.processes[name].kill()`) comes back with `restart`.
     """
 
     def __init__(self, path: Path, *, environment: Mapping[str, str] | None = None) -> None:
         self.workspace = Workspace(path)
         self.processes: dict[str, Process] = {}
         self._environment = dict(environment or {})
+        self._dial: Dial | None = None
+        self._added: set[bytes] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -61,33 +80,58 @@ class Stack:
         *,
         policy: Mapping[str, Any] | None = None,
         engine: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
         replicas: int = 1,
+        launches: Mapping[str, Launch] | None = None,
+        link_delay_ms: float | None = None,
     ) -> None:
-        """Start everything for the instances given; each gets `replicas` model servers and is `shared`."""
+        """Start everything for the instances given; each gets `replicas` model servers and is `shared`.
+
+        `engine` is the `[engine]` table of every server, `launches` says by name which differ; `limits` is the
+        enclave's table of that name. With `link_delay_ms`, enclave and gateway meet in a proxy that delays by so much
+        one way, until `delay_link` says otherwise. A stack that was stopped may start again, also for other instances.
+        """
         workspace = self.workspace
+        if running := [name for name, process in self.processes.items() if process.running]:
+            raise ConfigurationError(f"stack: {', '.join(running)} still run; stop it before it starts again")
+        self.processes, self._dial = {}, None
+        servers = {f"server-{number}-{copy}": each for number, each in enumerate(published) for copy in range(replicas)}
+        launches = {name: Launch() for name in servers} | dict(launches or {})
+        if unknown := launches.keys() - servers.keys():
+            raise ConfigurationError.because("launches", ", ".join(sorted(unknown)), ", ".join(servers))
         config = workspace.keyservice(policy=policy)
         keyservice = self._begin("keyservice", [str(BIN / "stip-keyservice"), "serve", "--config", str(config)])
         for each in published:
-            self.keyservice("instances", "add", str(each.folder), "--shared")
-        servers = {f"server-{number}-{copy}": each for number, each in enumerate(published) for copy in range(replicas)}
-        started = [
-            self._begin(
-                name, [str(BIN / "stip-server"), "serve", "--config", str(workspace.server(name, each, engine=engine))]
-            )
-            for name, each in servers.items()
-        ]
+            if each.digest not in self._added:
+                self.keyservice("instances", "add", str(each.folder), "--shared")
+                self._added.add(each.digest)
+        started = []
+        for name, each in servers.items():
+            launch = launches[name]
+            config = workspace.server(name, each, engine={**(engine or {}), **launch.engine})
+            argv = [str(launch.python), "-m", "stip_server.cli", "serve", "--config", str(config)]
+            started.append(self._begin(name, argv))
         keyservice.wait_until_listening()
         for process in started:
-            process.wait_until_listening()
+            process.wait_until_listening(launches[process.name].seconds)
         routes = {process.name: (process.address, servers[process.name]) for process in started}
         config = workspace.gateway(routes)
         gateway = self._begin("gateway", [str(BIN / "stip-gateway"), "serve", "--config", str(config)])
         gateway.wait_until_listening()
-        config = workspace.enclave(keyservice=keyservice.address, gateway=gateway.address, published=list(published))
+        link = gateway.address if link_delay_ms is None else self._delayed(gateway.address, link_delay_ms)
+        config = workspace.enclave(
+            keyservice=keyservice.address, gateway=link, published=list(published), limits=limits
+        )
         self._begin("enclave", [
             sys.executable, "-m", "stip_stack.enclave_main", "--config", str(config),
             "--insecure-simulated-tee", str(workspace.platform.directory), "--measurement", MEASUREMENT.hex(),
         ]).wait_until_listening()  # fmt: skip
+
+    def delay_link(self, milliseconds: float) -> None:
+        """From the next byte on, delay what enclave and gateway say to each other by so much, one way."""
+        if self._dial is None:
+            raise ConfigurationError("link delay: this stack was started without link_delay_ms")
+        self._dial.seconds = milliseconds / 1e3
 
     def enrol(self, user: str, published: Published, *more: Published, budget: int = 1_000_000) -> Path:
         """A user with a fresh key, a budget and access to the instances; returns their profile for the first."""
@@ -113,10 +157,14 @@ class Stack:
 
     def restart(self, name: str) -> None:
         """Start a process that was stopped or killed (or stop it now) again, where it listened before."""
+        self.begin_again(name).wait_until_listening()
+
+    def begin_again(self, name: str) -> Process:
+        """As `restart`, without waiting until it listens."""
         before = self.processes[name]
         before.stop()
         self.workspace.listen(name, address=before.address, metrics=before.metrics)
-        self._begin(name, before.argv).wait_until_listening()
+        return self._begin(name, before.argv)
 
     def stop(self) -> dict[str, int]:
         """Stop every process: enclave, then gateway, then all others at once. Idempotent; exit statuses by name."""
@@ -131,6 +179,15 @@ class Stack:
             for process in others:
                 process.stop()
         return {name: process.stop() for name, process in self.processes.items()}
+
+    def _delayed(self, target: str, milliseconds: float) -> str:
+        """The address of a proxy to `target`."""
+        path = self.workspace.path / "delay"
+        self._dial = Dial(path, seconds=milliseconds / 1e3)
+        argv = [sys.executable, "-m", "stip_stack.delay", "--target", target, "--dial", str(path)]
+        process = self._begin("delay", argv)
+        process.wait_until_listening()
+        return process.address
 
     def _begin(self, name: str, argv: Sequence[str]) -> Process:
         process = Process(name, argv, self.workspace.logs / f"{name}.jsonl", environment=self._environment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class Job:
         temperature, top_p = float(np.float32(self.temperature)), float(np.float32(self.top_p))
         return Sampler(Sampling(temperature, self.top_k, top_p, self.seed))
 
-    async def run(self, session: stip.AsyncSession) -> Answer:
-        """Ask it. Raises what the session raises."""
+    async def run(self, session: stip.AsyncSession, *, heard: Callable[[], None] = lambda: None) -> Answer:
+        """Ask it; `heard` is called at every token. Raises what the session raises."""
         stream = session.generate(
             self.ids,
             max_tokens=self.max_tokens,
@@ -76,6 +76,7 @@ class Job:
         async for chunk in stream:
             if chunk.id is not None:
                 ids.append(chunk.id)
+                heard()
             if len(ids) == self.until:
                 await session.cancel()  # what is on its way still comes, and is part of the session
         return Answer(ids, session.last.finish_reason if session.last else None)

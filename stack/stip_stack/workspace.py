@@ -141,8 +141,10 @@ class Workspace:
             },
         )
 
-    def enclave(self, *, keyservice: str, gateway: str, published: list[Published]) -> Path:
-        """`enclave.toml`, given the addresses of key service and gateway."""
+    def enclave(
+        self, *, keyservice: str, gateway: str, published: list[Published], limits: Mapping[str, Any] | None = None
+    ) -> Path:
+        """`enclave.toml`, given the addresses of key service and gateway; `limits` is its table of that name."""
         collateral = self._write_bytes("collateral.json", self.platform.collateral(int(time.time())))
         return self.write(
             "enclave.toml",
@@ -164,6 +166,7 @@ class Workspace:
                     "ca": str(self.operator / "ca.pem"),
                     "audience": AUDIENCE,
                 },
+                "limits": dict(limits or {}),
                 "simulated": True,
             },
         )

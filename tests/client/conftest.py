@@ -56,6 +56,7 @@ class ScriptedEnclave(enclave_pb2_grpc.EnclaveServicer):
         self.opens_fail: list[StipError] = []
         self.challenges_fail: list[StipError] = []
         self.turn_fails: tuple[str, str] | None = None
+        self.turn_retry_ms = 0
         self.answer: Callable[[bytes], freshness.Answer] = self.attested
         self.opened: dict[str, Any] = {}
         self.steps: Callable[[list[int]], list[enclave_pb2.Step]] | None = None
@@ -101,7 +102,8 @@ class ScriptedEnclave(enclave_pb2_grpc.EnclaveServicer):
                 self.turns.append(frame.turn)
                 if self.turn_fails is not None:
                     code, message = self.turn_fails
-                    yield enclave_pb2.EnclaveFrame(failed=enclave_pb2.Failed(code=code, message=message))
+                    failed = enclave_pb2.Failed(code=code, message=message, retry_after_ms=self.turn_retry_ms)
+                    yield enclave_pb2.EnclaveFrame(failed=failed)
                     return
                 position += len(frame.turn.ids) // 4
                 async for step in self._turn(frame.turn, frames, position):

@@ -157,6 +157,25 @@ def test_an_unavailable_enclave_exits_one_and_a_spent_budget_three(stip_command:
     assert "[budget_spent]" in err
 
 
+def test_a_busy_enclave_exits_one_and_says_when_to_try_again(stip_command: Any, path: str, enclave: Any):
+    enclave.opens_fail = [Overloaded("full", retry_after=89.2)]
+    code, _, err = stip_command("generate", "--profile", path, "x")
+    assert code == 1
+    assert err.splitlines()[-1] == "stip: full [overloaded]: try again in 90 s"
+    assert len(enclave.opens) == 1
+
+
+def test_drafts_reach_the_enclave_and_their_help_says_what_they_show(stip_command: Any, path: str, enclave: Any):
+    assert stip_command("generate", "--profile", path, "--drafts", "3", "x")[0] == 0
+    assert stip_command("chat", "--profile", path, "--drafts", "7", stdin="One.\n")[0] == 0
+    assert stip_command("generate", "--profile", path, "x")[0] == 0
+    assert [turn.sampling.drafts for turn in enclave.turns] == [3, 7, 0]
+    assert stip_command("generate", "--profile", path, "--drafts", "8", "x")[0] == 2
+    for command in ("generate", "chat"):
+        out = " ".join(stip_command(command, "--help")[1].split())
+        assert "The operator then sees how many guesses were right, and so how repetitive your text is" in out
+
+
 def test_chat_takes_a_line_a_round_where_input_is_no_terminal(stip_command: Any, path: str, enclave: Any):
     code, out, _ = stip_command("chat", "--profile", path, stdin="One.\n\nTwo.\n/quit\nThree.\n")
     assert (code, out) == (0, f"{TEXT}\n{TEXT}\n")

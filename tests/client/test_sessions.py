@@ -53,7 +53,7 @@ async def test_an_answer_streams_token_by_token_and_ends_at_a_stop_id(enclave: A
 async def test_sampling_reaches_the_enclave_as_asked(enclave: Any, profile: Any):
     async with await stip.aconnect(profile) as connection, await connection.session(max_positions=99) as session:
         asked = session.generate(
-            [5, 6], max_tokens=3, temperature=0.5, top_k=40, top_p=0.75, seed=2**64 - 1, stop_ids=[7, 9]
+            [5, 6], max_tokens=3, temperature=0.5, top_k=40, top_p=0.75, seed=2**64 - 1, stop_ids=[7, 9], drafts=7
         )
         await said(asked)
         assert session.last.finish_reason is FinishReason.LENGTH
@@ -61,7 +61,17 @@ async def test_sampling_reaches_the_enclave_as_asked(enclave: Any, profile: Any)
     sampling = enclave.turns[0].sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 40, 0.75)
     assert (sampling.seed, sampling.max_tokens, ids_of(sampling.stop_ids)) == (2**64 - 1, 3, [7, 9])
+    assert sampling.drafts == 7
     assert enclave.opens[0].max_positions == 99
+
+
+async def test_nothing_is_guessed_ahead_unless_asked_for(enclave: Any, profile: Any):
+    messages = [{"role": "user", "content": "Let there be light."}]
+    async with await stip.aconnect(profile) as connection, await connection.session() as session:
+        await said(session.generate([5]))
+        await said(session.chat(messages))
+        await said(session.chat([*messages, {"role": "user", "content": "And?"}], drafts=2))
+    assert [turn.sampling.drafts for turn in enclave.turns] == [0, 0, 2]
 
 
 async def test_a_seed_is_drawn_afresh_where_none_is_given(enclave: Any, profile: Any):
@@ -268,6 +278,8 @@ async def test_after_a_failed_turn_a_conversation_goes_on_in_a_new_session_where
         ([5], {"top_p": 0.0}),
         ([5], {"top_p": 1.5}),
         ([5], {"seed": 2**64}),
+        ([5], {"drafts": -1}),
+        ([5], {"drafts": 8}),
         ([5], {"stop_ids": [2048]}),
         ([5], {"stop_ids": [5] * 2000}),
     ],

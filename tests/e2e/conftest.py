@@ -1,8 +1,9 @@
-"""Two whole systems of real processes, and the plain models they are held against.
+"""Whole systems of real processes, and the plain models they are held against.
 
 `answers` is for tests that only ask; it serves every model under both presets. `refusing` is for tests that remove
 users, tamper, kill and drain; those run in the order of their files, and `test_shutdown.py`, the last of them, stops
-it. Each has a folder, which stays on one worker (tests/conftest.py).
+it. `failover` serves three presets on two replicas each, which come and go. Each has a folder, which stays on one
+worker (tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from stip_stack.trials import Served
 
 DEMO_MODEL = Path(__file__).parents[2] / "stack" / "demo_model"
 START_SECONDS = 400
+FAILOVER_SECONDS = 2.0
+"""How long a session of `refusing` looks for another replica."""
 
 torch.set_num_threads(1)
 
@@ -82,7 +85,12 @@ class System:
 
     def server(self, name: str) -> str:
         """The process that holds an instance."""
-        return f"server-{list(self.served).index(name)}-0"
+        return self.servers(name)[0]
+
+    def servers(self, name: str) -> list[str]:
+        """The processes that hold an instance."""
+        prefix = f"server-{list(self.served).index(name)}-"
+        return [process for process in self.stack.processes if process.startswith(prefix)]
 
     def log(self, name: str) -> str:
         return (self.stack.workspace.logs / f"{name}.jsonl").read_text()
@@ -110,6 +118,7 @@ def _system(path: Path, chosen: dict[str, tuple[str, str]], **starting: Any) -> 
                 developer=home.developer,
                 seal_to=home.sealing.public_key(),
                 accept_tied_head=model == "gpt2",
+                accept_token_cipher=preset == "throughput",
             )
             published[name] = stack.workspace.published(folder)
         stack.start(list(published.values()), engine={"slots": 32, "threads": 1}, **starting)
@@ -143,18 +152,38 @@ def served(request: pytest.FixtureRequest, answers: System) -> Served:
 
 @pytest.fixture(scope="session")
 def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """Two instances in one enclave: `victim` is what tests break, `steady` is what must go on."""
+    """Two instances in one enclave: `victim` is what tests break, `steady` is what must go on. Each is on one replica:
+    who loses it looks for another for a moment only."""
     yield from _system(
         tmp_path_factory.mktemp("refusing"),
         {"victim": ("wide-llama", "hardened"), "steady": ("demo", "paper")},
         policy={"lease": {"heartbeat_tokens": 16, "tokens": 64}},
+        limits={"failover_seconds": FAILOVER_SECONDS},
     )
+
+
+REPLICATED = {
+    "demo-hardened": ("demo", "hardened"),
+    "llama-paper": ("llama", "paper"),
+    "llama-throughput": ("llama", "throughput"),
+}
+
+
+@pytest.fixture(scope="session")
+def failover(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Every preset, two replicas each: what tests kill and drain."""
+    yield from _system(tmp_path_factory.mktemp("failover"), REPLICATED, replicas=2)
+
+
+@pytest.fixture(params=REPLICATED)
+def replicated(request: pytest.FixtureRequest, failover: System) -> Served:
+    return failover[request.param]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test of a system also waits for it to be protected and started."""
     for item in items:
-        if {"answers", "refusing"} & set(getattr(item, "fixturenames", ())):
+        if {"answers", "refusing", "failover"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(START_SECONDS))
 
 

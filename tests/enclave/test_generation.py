@@ -23,8 +23,10 @@ def prompt(length: int, seed: int, vocabulary: int = 151) -> list[int]:
     return np.random.default_rng(seed).integers(3, vocabulary, length).tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("preset", ["hardened", "paper"])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [("llama", "hardened"), ("llama", "paper"), ("llama", "throughput"), ("gpt2", "hardened"), ("gpt2", "paper")],
+)
 async def test_greedy_and_sampled_answers_are_the_plain_models(
     world: Any, developer: Any, family: str, preset: str
 ) -> None:

@@ -198,3 +198,101 @@ def test_outputs_never_exceed_the_bound_while_no_heartbeat_is_answered(bound: in
         await account.stop()
 
     asyncio.run(run())
+
+
+async def test_several_outputs_count_towards_the_bound_and_unused_ones_are_returned(leases: Leases) -> None:
+    account, _ = leases(tokens=100, heartbeat_tokens=8)
+    holder = Holder(account)
+    assert account.take(5, holder, holder.resumed.set, outputs=5) == 5
+    assert account.spare() == 3
+    account.returned(4, account.beats)
+    assert account.spare() == 7
+    assert account.take(90, holder, holder.resumed.set, outputs=1) == 90
+    assert account.spare() == 5
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_what_is_returned_after_a_heartbeat_that_counted_it_admits_no_more(
+    leases: Leases, answered: bool
+) -> None:
+    account, service = leases(tokens=1000, heartbeat_tokens=8)
+    service.gate = asyncio.Event()
+    holder, beat = Holder(account), account.beats
+    assert account.take(5, holder, holder.resumed.set, outputs=5) == 5
+    await asyncio.sleep(0)  # the heartbeat is made
+    assert account.beats == beat + 1
+    if answered:
+        service.gate.set()
+        await settled(account)
+        service.gate.clear()
+    account.returned(4, beat)
+    if not answered:
+        service.gate.set()
+        await settled(account)
+        service.gate.clear()
+    # One token was given before: eight may be after the heartbeat, whatever was guessed around it.
+    assert sum(holder.take(1) for _ in range(20)) == 8
+
+
+async def test_rows_that_give_no_output_do_not_count_towards_the_bound(leases: Leases) -> None:
+    account, _ = leases(tokens=100, heartbeat_tokens=2)
+    holder = Holder(account)
+    for _ in range(10):
+        assert account.take(5, holder, holder.resumed.set, outputs=0) == 5
+    assert account.spare() == 2
+
+
+async def test_reserved_ids_are_taken_from_the_others_and_half_is_left_to_them(leases: Leases) -> None:
+    account, service = leases(tokens=1000, heartbeat_tokens=100, chunk=1000)
+    service.gate = asyncio.Event()
+    holder = Holder(account)
+    assert account.reserve(2000, holder, holder.resumed.set) == 500
+    assert account.reserve(100, holder, holder.resumed.set) == 100
+    assert account.reserve(2000, holder, holder.resumed.set) == 200
+    assert holder.take(300) == 200
+    assert account.reserve(1, holder, holder.resumed.set) == 0
+    account.counted(400)
+    account.released(100)
+    assert account.reserve(1000, holder, holder.resumed.set) == 64
+
+
+async def test_ids_that_went_astray_are_counted_once_when_the_gateway_says_so(leases: Leases) -> None:
+    account, service = leases(tokens=100, heartbeat_tokens=100)
+    service.gate = asyncio.Event()
+    holder = Holder(account)
+    assert account.settle() == 0
+    assert account.reserve(60, holder, holder.resumed.set) == 60
+    account.counted(10)
+    account.forfeited(50)
+    assert account.spare() == 90
+    assert account.settle() == 50
+    assert account.spare() == 40
+    assert account.settle() == 0
+
+
+async def test_ids_are_handed_on_up_to_the_bound_and_after_the_next_heartbeat(leases: Leases) -> None:
+    account, service = leases(tokens=100, heartbeat_tokens=8)
+    service.gate = asyncio.Event()
+    holder = Holder(account)
+    assert account.reserve(50, holder, holder.resumed.set) == 50
+    account.counted(50)
+    assert account.hand_on(5, holder, holder.resumed.set) == 5
+    assert account.hand_on(45, holder, holder.resumed.set) == 3
+    holder.resumed.clear()
+    assert account.hand_on(42, holder, holder.resumed.set) == 0
+    service.gate.set()
+    await asyncio.wait_for(holder.resumed.wait(), 5)
+    assert 0 < account.hand_on(42, holder, holder.resumed.set) <= 8
+
+
+async def test_a_lease_that_has_ended_reserves_and_hands_on_nothing(leases: Leases) -> None:
+    account, service = leases(tokens=100, heartbeat_tokens=4)
+    service.refusals = [UserRefused("removed")]
+    holder = Holder(account)
+    assert holder.take(4) == 4
+    assert account.hand_on(9, holder, holder.resumed.set) == 3
+    await asyncio.wait_for(holder.resumed.wait(), 5)
+    await settled(account)
+    assert holder.errors == ["user_refused"]
+    assert (account.reserve(5, holder, holder.resumed.set), account.hand_on(1, holder, holder.resumed.set)) == (0, 0)
+    assert account.spare() == 0

@@ -128,6 +128,27 @@ def test_what_the_largest_64_do_not_decide_asks_for_the_row(spec: Sampling, valu
     assert Sampler(spec).pick_top(np.arange(64), numbers, lse, 5000, 0) is FULL_ROW
 
 
+@pytest.mark.parametrize(
+    ("spec", "reads"),
+    [
+        (Sampling(), True),
+        (Sampling(top_k=1000), True),
+        (Sampling(temperature=1.0, top_k=63), True),
+        (Sampling(temperature=1.0, top_k=64), False),
+        (Sampling(temperature=1.0, top_p=0.9), True),
+        (Sampling(temperature=0.9, top_p=0.9), False),
+        (Sampling(temperature=1.0), False),
+    ],
+)
+def test_it_is_known_before_whether_the_largest_64_can_decide(spec: Sampling, reads: bool) -> None:
+    assert Sampler(spec).reads_top(64) is reads
+    values = np.linspace(20.0, -20.0, 64, dtype=np.float32)
+    lse = float(np.log(np.exp(values.astype(np.float64)).sum()))
+    picks = [Sampler(spec).pick_top(np.arange(64), values, lse, 5000, step) for step in range(20)]
+    assert reads or all(pick is FULL_ROW for pick in picks)
+    assert not reads or not all(pick is FULL_ROW for pick in picks)
+
+
 def test_a_small_vocabulary_is_all_there() -> None:
     values = np.array([0.1, 0.4, 0.4], np.float32)
     assert Sampler(Sampling()).pick_top(np.array([7, 9, 2]), values, 1.0, 3, 0) == 2

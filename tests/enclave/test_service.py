@@ -1,4 +1,4 @@
-"""The enclave as clients and the key service meet it: evidence, releases, limits, and errors that stay in a session."""
+"""The enclave as clients and the key service meet it: releases, limits, and errors that stay in a session."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from prometheus_client import generate_latest
 from stip_enclave.release import HeldLease
 from stip_keyservice.service import users
 from stip_protocol import rpc
-from stip_protocol.attestation import freshness, ratls
-from stip_protocol.attestation.quote import SgxQuote
+from stip_protocol.attestation import freshness
 from stip_protocol.documents import Signed
 from stip_protocol.errors import LeaseForeign, SignatureInvalid, StipError
 from stip_protocol.lease import Lease
@@ -33,33 +32,6 @@ PROMPT = [5, 17, 3, 88]
 async def started(world: Any, developer: Any) -> Any:
     await world.start(developer.protected("llama", "hardened"))
     return world
-
-
-# -- evidence -----------------------------------------------------------------------------------------------------
-
-
-async def test_the_certificate_and_the_fresh_evidence_bind_this_enclaves_key(started: Any) -> None:
-    seen = ratls.read(started.identity.tls.certificate_pem, now=int(time.time()))
-    nonce = os.urandom(32)
-    reply = await started.stub.Attest(enclave_pb2.AttestRequest(nonce=nonce))
-    report = freshness.check(reply.claims, nonce=nonce, tls_key=seen.spki_sha256)
-    assert SgxQuote.parse(reply.quote).report_data == report
-
-
-@pytest.mark.parametrize("nonce", [b"", bytes(31), bytes(33), bytes(64)])
-async def test_nothing_but_a_nonce_is_quoted(started: Any, nonce: bytes) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await started.stub.Attest(enclave_pb2.AttestRequest(nonce=nonce))
-    assert rpc.from_rpc(caught.value).code == "frame_invalid"
-
-
-async def test_evidence_is_given_at_a_bounded_rate(world: Any, developer: Any) -> None:
-    await world.start(developer.protected("llama", "hardened"), attests_per_second=0.001)
-    request = enclave_pb2.AttestRequest(nonce=bytes(32))
-    await world.stub.Attest(request)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await world.stub.Attest(request)
-    assert rpc.from_rpc(caught.value).code == "overloaded"
 
 
 # -- releases -----------------------------------------------------------------------------------------------------
@@ -296,11 +268,13 @@ async def test_sessions_are_limited_per_user_and_overall(world: Any, developer: 
     ada, bob = (world.delegate(world.person(name)) for name in ("ada", "bob"))
     instance = world.protected.manifest.instance
     first, _ = await world.opened(ada), await world.opened(ada)
-    assert (await world.client().open(ada, instance)).failed.code == "overloaded"
+    failed = (await world.client().open(ada, instance)).failed
+    assert (failed.code, failed.retry_after_ms) == ("overloaded", 1000)
     await world.opened(bob)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await world.client().open(bob, instance)
-    assert rpc.from_rpc(caught.value).code == "overloaded"
+    refused = rpc.from_rpc(caught.value)
+    assert (refused.code, refused.retry_after) == ("overloaded", 1.0)
     await first.close()
     await asyncio.wait_for(world.until_sessions(2), 10)
     await world.opened(ada)

@@ -28,7 +28,7 @@ async def test_turns_continue_one_sequence_and_feed_the_last_token_first(bench: 
     tokens, kind = await talk.rest()
     assert (tokens, kind) == (made.toy.generate(PROMPT, 4), 2)
     talk.begin([40, 41], max_tokens=2)
-    assert await talk.rest() == (made.toy.generate([41], 2), 2)
+    assert await talk.rest() == (made.toy.generate([*PROMPT, *tokens, 40, 41], 2), 2)
     assert fed_positions(made) == list(range(3 + 4 + 2 + 1))
     rows = b"".join(feed.rows for feed in made.replica.feeds)
     sequence = [*PROMPT, *tokens, 40, 41]
@@ -53,7 +53,7 @@ async def test_a_stop_id_ends_the_turn_and_is_no_part_of_the_sequence(bench: Any
     first = expected.index(stop)
     assert await talk.rest() == (expected[:first], 1)
     talk.begin([stop], max_tokens=1)
-    assert (await talk.rest())[0] == made.toy.generate([stop], 1)
+    assert (await talk.rest())[0] == made.toy.generate([*PROMPT, *expected[:first], stop], 1)
     assert fed_positions(made) == list(range(3 + first + 1))
 
 
@@ -92,7 +92,7 @@ async def test_a_cancelled_turn_drops_the_output_under_way_and_the_session_goes_
     assert await talk.rest() == ([], 3)
     talk.begin([40], max_tokens=3)  # before the output under way has come
     made.replica.hold.set()
-    assert await talk.rest() == (made.toy.generate([40], 3), 2)
+    assert await talk.rest() == (made.toy.generate([*PROMPT, 40], 3), 2)
     assert fed_positions(made)[:4] == [0, 1, 2, 3]
 
 
@@ -106,14 +106,13 @@ async def test_a_turn_cancelled_while_its_lease_is_renewed_does_not_fall_with_th
     waiting, cancelled = await made.session(account), await made.session(account)
     for talk in (waiting, cancelled):
         talk.begin(PROMPT, max_tokens=4)
-    for talk in (waiting, cancelled):
-        await talk.frame()  # the bound is reached: both want another row
+    given = [(await talk.frame()).step.id for talk in (waiting, cancelled)]  # the bound is reached: both want more
     cancelled.session.cancel()
     assert await cancelled.rest() == ([], 3)
     made.renewing.gate.set()
     assert await waiting.failure() == "unavailable"
     cancelled.begin([40], max_tokens=3)
-    assert await cancelled.rest() == (made.toy.generate([40], 3), 2)
+    assert await cancelled.rest() == (made.toy.generate([*PROMPT, given[1], 40], 3), 2)
 
 
 async def test_cancelling_nothing_is_nothing(bench: Any) -> None:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import ipaddress
-import os
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stip_protocol.errors import StipError
-from stip_protocol.rpc import SERVER_OPTIONS, ErrorInterceptor, channel, server_credentials
+from stip_protocol.rpc import SERVER_OPTIONS, ErrorInterceptor, server_credentials
 from stip_protocol.telemetry import Telemetry
-from stip_protocol.wire import model_pb2 as wire
-from stip_protocol.wire import model_pb2_grpc
-from stip_server.config import EngineSettings
-from stip_server.engine import Card, Ended, Form, Hidden, Logits, Output, Session, Slice, Stepped, Top
+from stip_server.config import TransformersSettings
+from stip_server.engine import Card, Ended, Engine, Form, Hidden, Logits, Output, Session, Slice, Stepped, Top
 from stip_server.engines.transformers import TransformersEngine, card_for, split
 from stip_server.service import ModelService
+from tests.server.links import Pki, Service
 
 torch.set_num_threads(1)
 POSITIONS = 96
@@ -97,12 +89,20 @@ class Plain:
         return out[0, len(prompt) :].tolist()
 
     @torch.inference_mode()
-    def pick(self, out: Hidden | Top) -> int:
-        """The greedy id, as an enclave would find it."""
+    def picks(self, out: Hidden | Top | Logits) -> list[int]:
+        """The greedy id behind each output, as an enclave would find it."""
         if isinstance(out, Top):
-            return int.from_bytes(out.indices[:4], "little")
-        row = torch.frombuffer(bytearray(out.row), dtype=self.table.dtype)
-        return int(self.model.get_output_embeddings()(row[None])[0].argmax())
+            ids = torch.frombuffer(bytearray(out.indices), dtype=torch.uint32)
+            return ids.view(-1, out.count)[:, 0].tolist()
+        rows = torch.frombuffer(bytearray(out.rows), dtype=self.table.dtype)
+        if isinstance(out, Hidden):
+            rows = self.model.get_output_embeddings()(rows.view(-1, self.table.shape[1]))
+        return rows.view(-1, len(self.table)).argmax(-1).tolist()
+
+    def pick(self, out: Hidden | Top | Logits) -> int:
+        """The greedy id of a single output."""
+        (picked,) = self.picks(out)
+        return picked
 
     def prompt(self, length: int, seed: int) -> list[int]:
         return torch.randint(0, 211, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -153,7 +153,7 @@ class Direct:
 
     def raw(self, session: Session, rows: bytes, count: int, *, position: int | None = None, last: bool = True) -> None:
         at = self._fed[session] if position is None else position
-        self.engine.feed([Slice(session, at, count, last, rows)])
+        self.engine.feed([Slice(session, at, count, int(last), rows)])
         self._fed[session] = at + count
 
     async def next(self, session: Session) -> Output:
@@ -187,7 +187,7 @@ def run_direct() -> Callable[..., Any]:
 
     @contextlib.asynccontextmanager
     async def run(plain: Plain, **settings: Any) -> AsyncIterator[Direct]:
-        chosen = EngineSettings(**settings)
+        chosen = TransformersSettings(**settings)
         base, head = split(plain.model)
         card = card_for(base, head, chosen)
         direct = Direct(plain, card, TransformersEngine(base, head, card, chosen))
@@ -201,209 +201,31 @@ def run_direct() -> Callable[..., Any]:
     return run
 
 
-@dataclass(frozen=True)
-class Pki:
-    """PEM of an operator's CA, and (certificate, key) of a server and of a client under it."""
-
-    ca: bytes
-    server: tuple[bytes, bytes]
-    client: tuple[bytes, bytes]
-
-
-def _issue(subject: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None) -> Any:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(issuer[0].subject if issuer else name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName(
-                [x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
-            ),
-            critical=False,
-        )
-        .sign(issuer[1] if issuer else key, hashes.SHA256())
-    )
-    return certificate, key
-
-
-def _pem(pair: Any) -> tuple[bytes, bytes]:
-    certificate, key = pair
-    return certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
 @pytest.fixture(scope="session")
 def pki() -> Pki:
-    ca = _issue("operator", None)
-    return Pki(_pem(ca)[0], _pem(_issue("server", ca)), _pem(_issue("gateway", ca)))
-
-
-class Enclave:
-    """One link, as an enclave drives it: sessions by handle, replies sorted by handle."""
-
-    def __init__(self, plain: Plain, card: wire.Card, call: Any) -> None:
-        self.plain, self.card, self.call = plain, card, call
-        self.drained = asyncio.Event()
-        self.load = 0
-        self._boxes: dict[bytes, asyncio.Queue[Any]] = {}
-        self._writing = asyncio.Lock()
-        self._reader = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        async for down in self.call:
-            self.load = down.load
-            body = down.WhichOneof("body")
-            if body == "drain":
-                self.drained.set()
-            elif body == "fed":
-                for index, piece in enumerate(down.fed.slices):
-                    self.box(piece.session).put_nowait((piece.position, self._row(down.fed, index), down.fed))
-            else:
-                message = getattr(down, body)
-                self.box(message.session).put_nowait(message)
-
-    def _row(self, fed: wire.Fed, index: int) -> Hidden | Top | Logits:
-        form = fed.WhichOneof("out")
-        if form == "top":
-            count, size = fed.top.count, self.plain.table.element_size()
-            return Top(
-                count,
-                fed.top.indices[index * count * 4 : (index + 1) * count * 4],
-                fed.top.values[index * count * size : (index + 1) * count * size],
-                fed.top.log_sum_exp[index * 4 : index * 4 + 4],
-            )
-        rows = getattr(fed, form)
-        size = len(rows) // len(fed.slices)
-        row = rows[index * size : (index + 1) * size]
-        return Hidden(row) if form == "hidden" else Logits(row)
-
-    def box(self, handle: bytes) -> asyncio.Queue[Any]:
-        return self._boxes.setdefault(handle, asyncio.Queue())
-
-    async def next(self, handle: bytes) -> Any:
-        return await self.box(handle).get()
-
-    async def send(self, **body: Any) -> None:
-        # gRPC takes one write of a stream at a time.
-        async with self._writing:
-            await self.call.write(wire.Up(**body))
-
-    async def open(self, handle: bytes, **changes: Any) -> None:
-        fields = {"output": self.card.outputs[0], "max_positions": POSITIONS, "request_id": handle.hex(), **changes}
-        await self.send(open=wire.Open(session=handle, **fields))
-
-    async def feed(self, handle: bytes, position: int, ids: list[int], *, last: bool = True) -> None:
-        piece = wire.Slice(session=handle, position=position, count=len(ids), last=last)
-        await self.send(feed=wire.Feed(slices=[piece], rows=self.plain.rows(ids)))
-
-    async def generate(self, prompt: list[int], count: int, **changes: Any) -> list[int]:
-        handle = os.urandom(16)
-        await self.open(handle, **changes)
-        await self.feed(handle, 0, prompt)
-        assert isinstance(await self.next(handle), wire.Opened)
-        ids: list[int] = []
-        while len(ids) < count:
-            if ids:
-                await self.feed(handle, len(prompt) + len(ids) - 1, ids[-1:])
-            position, out, _ = await self.next(handle)
-            assert position == len(prompt) + len(ids) - 1
-            ids.append(self.plain.pick(out))
-        await self.send(close=wire.Close(session=handle))
-        return ids
-
-    async def ended(self) -> grpc.aio.AioRpcError:
-        """The error that the stream ends with."""
-        try:
-            await self._reader
-        except grpc.aio.AioRpcError as error:
-            return error
-        raise AssertionError("the stream ended without an error")
-
-    async def leave(self) -> None:
-        self.call.cancel()
-        with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
-            await self._reader
-
-
-@dataclass
-class Service:
-    """A service on a real socket."""
-
-    plain: Plain
-    pki: Pki
-    address: str
-    service: ModelService
-    telemetry: Telemetry
-    card: Card
-    _enclaves: list[Enclave] = field(default_factory=list)
-    _channels: list[grpc.aio.Channel] = field(default_factory=list)
-
-    def unlimited_stub(self) -> Any:
-        """A client that does not check the size of what it sends."""
-        certificate, key = self.pki.client
-        credentials = grpc.ssl_channel_credentials(self.pki.ca, private_key=key, certificate_chain=certificate)
-        made = grpc.aio.secure_channel(self.address, credentials, options=[("grpc.max_send_message_length", -1)])
-        self._channels.append(made)
-        return model_pb2_grpc.ModelStub(made)  # type: ignore[no-untyped-call]
-
-    def stub(self, *, identity: bool = True) -> Any:
-        made = channel(
-            self.address,
-            roots=self.pki.ca,
-            identity=self.pki.client if identity else None,
-            server_name="localhost",
-        )
-        self._channels.append(made)
-        return model_pb2_grpc.ModelStub(made)  # type: ignore[no-untyped-call]
-
-    def reference(self) -> wire.InstanceRef:
-        return wire.InstanceRef(instance=self.card.instance, epoch=self.card.epoch)
-
-    async def link(self, **changes: str) -> Enclave:
-        stub = self.stub()
-        card = await stub.Describe(self.reference())
-        metadata = {"stip-instance": card.instance, "stip-epoch": str(card.epoch), **changes}
-        enclave = Enclave(self.plain, card, stub.Link(metadata=tuple(metadata.items())))
-        self._enclaves.append(enclave)
-        return enclave
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.telemetry.registry.get_sample_value(name, labels) or 0.0
-
-    async def quiet(self) -> None:
-        """Until no session is open."""
-        while self.service.sessions:  # noqa: ASYNC110 - the state is the service's own
-            await asyncio.sleep(0.002)
-
-    async def leave(self) -> None:
-        for enclave in self._enclaves:
-            await enclave.leave()
-        for made in self._channels:
-            await made.close()
+    return Pki.make()
 
 
 @pytest.fixture
-def run_service(pki: Pki) -> Callable[..., Any]:
+def run_service(serve_engine: Callable[..., Any]) -> Callable[..., Any]:
     """`async with run_service(plain, **engine settings) as service`."""
 
-    @contextlib.asynccontextmanager
-    async def run(plain: Plain, *, form: Form = Form.HIDDEN, **settings: Any) -> AsyncIterator[Service]:
-        chosen = EngineSettings(**settings)
+    def run(plain: Plain, *, form: Form = Form.HIDDEN, **settings: Any) -> Any:
+        chosen = TransformersSettings(**settings)
         base, head = split(plain.model)
-        head = head if form is Form.TOP else None
-        card = card_for(base, head, chosen)
-        if form is Form.TOP:
-            card = Card(**{**vars(card), "forms": (Form.TOP,)})
-        engine = TransformersEngine(base, head, card, chosen)
+        head = None if form is Form.HIDDEN else head
+        card = replace(card_for(base, head, chosen), forms=(form,))
+        return serve_engine(TransformersEngine(base, head, card, chosen), plain)
+
+    return run
+
+
+@pytest.fixture
+def serve_engine(pki: Pki) -> Callable[..., Any]:
+    """`async with serve_engine(engine, the plain model behind it) as service`."""
+
+    @contextlib.asynccontextmanager
+    async def run(engine: Engine, plain: Any) -> AsyncIterator[Service]:
         telemetry = Telemetry("server", simulated=False)
         service = ModelService(engine, telemetry, name="replica-1", drain_seconds=5)
         server = grpc.aio.server(
@@ -414,7 +236,7 @@ def run_service(pki: Pki) -> Callable[..., Any]:
         port = server.add_secure_port("127.0.0.1:0", server_credentials(*pki.server, client_ca=pki.ca))
         await server.start()
         pump = asyncio.create_task(service.pump())
-        running = Service(plain, pki, f"127.0.0.1:{port}", service, telemetry, card)
+        running = Service(plain, pki, f"127.0.0.1:{port}", service, telemetry, engine.card)
         try:
             yield running
         finally:

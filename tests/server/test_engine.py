@@ -17,9 +17,8 @@ from stip_protocol.errors import (
     PositionRefused,
     RequestInvalid,
     TensorInvalid,
-    Unavailable,
 )
-from stip_server.config import EngineSettings
+from stip_server.config import TransformersSettings
 from stip_server.engine import Form, Logits, Top
 from stip_server.engines.transformers import TransformersEngine, card_for, split
 
@@ -28,7 +27,7 @@ def tensor(data: bytes, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
-@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("form", [Form.HIDDEN, Form.TOP])
 async def test_sixteen_ragged_sessions_that_join_and_leave_give_the_plain_models_tokens(
     plain: Any, run_direct: Any, form: Form
 ) -> None:
@@ -113,7 +112,8 @@ async def test_a_prompt_in_chunks_and_frames_gives_the_hidden_state_of_one_pass(
                     direct.feed(session, ids[start : start + frame], last=start + frame >= 47)
                 output = await direct.next(session)
                 assert output.position == 46
-                torch.testing.assert_close(tensor(output.out.row, torch.float64), plain.hidden(ids), rtol=0, atol=1e-10)
+                hidden = tensor(output.out.rows, torch.float64)
+                torch.testing.assert_close(hidden, plain.hidden(ids), rtol=0, atol=1e-10)
 
 
 async def test_a_prompt_does_not_stall_a_running_session(llama: Any, run_direct: Any) -> None:
@@ -153,7 +153,7 @@ async def test_the_top_and_the_recalled_row_are_the_plain_logits(plain: Any, run
             recalled = await direct.next(session)
             assert isinstance(recalled.out, Logits)
             assert recalled.position == output.position
-            row = tensor(recalled.out.row)
+            row = tensor(recalled.out.rows)
             torch.testing.assert_close(row, logits, rtol=1e-4, atol=1e-4)
             assert torch.equal(row[indices], tensor(top.values))
 
@@ -215,10 +215,11 @@ async def test_sessions_that_stay_away_hold_one_row_each_and_it_is_the_right_one
             for session in sessions[:going_on]:
                 await direct.next(session)
         # The last step had one session; those of the step before had two in a batch of two.
-        assert sum(row.batch.shape[0] for row in direct.engine._rows.values()) == len(sessions)
+        kept = [row for rows in direct.engine._rows.values() for row in rows.values()]
+        assert (len(kept), sum(row.batch.shape[0] for row in kept)) == (len(sessions), len(sessions))
         for session in sessions:
             direct.engine.recall(session, len(fed[session]) - 1)
-            row = tensor((await direct.next(session)).out.row)
+            row = tensor((await direct.next(session)).out.rows)
             torch.testing.assert_close(row, llama.logits(fed[session]), rtol=1e-4, atol=1e-4)
 
 
@@ -253,7 +254,7 @@ async def test_rows_after_an_unanswered_last_end_the_session(llama: Any, run_dir
         session = direct.open(1)
         direct.feed(session, [5, 6, 7])
         direct.feed(session, [8])
-        with pytest.raises(PositionRefused, match="last"):
+        with pytest.raises(PositionRefused, match="owed"):
             await direct.next(session)
 
 
@@ -286,7 +287,7 @@ async def test_admission_is_bounded_and_a_closed_session_makes_room(llama: Any, 
 
 async def test_a_form_that_the_card_does_not_offer_is_refused(llama: Any) -> None:
     base, _ = split(llama.model)
-    settings = EngineSettings()
+    settings = TransformersSettings()
     card = card_for(base, None, settings)
     assert card.forms == (Form.HIDDEN,)
     assert card.vocabulary == 0
@@ -344,34 +345,6 @@ async def test_an_idle_session_is_ended_and_a_busy_one_is_not(llama: Any, run_di
             await gone
 
 
-async def test_a_step_that_fails_ends_the_sessions_in_it_and_the_engine_goes_on(
-    make_plain: Any, run_direct: Any
-) -> None:
-    plain = make_plain("llama")
-    broken = {"now": False}
-
-    def breaks(module: Any, args: Any, kwargs: Any) -> None:
-        if broken["now"]:
-            raise RuntimeError("a secret in a library's message")
-
-    plain.model.base_model.register_forward_pre_hook(breaks, with_kwargs=True)
-    async with run_direct(plain) as direct:
-        bystander = direct.open(1)
-        victim = direct.open(2)
-        for session in (bystander, victim):
-            direct.feed(session, [1, 2, 3])
-            ids = [plain.pick((await direct.next(session)).out)]
-        broken["now"] = True
-        direct.feed(victim, [1])
-        with pytest.raises(Unavailable) as refused:
-            await direct.next(victim)
-        assert "secret" not in str(refused.value)
-        broken["now"] = False
-        direct.feed(bystander, ids)
-        ids.append(plain.pick((await direct.next(bystander)).out))
-        assert ids == plain.greedy([1, 2, 3], 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 async def test_half_precision_stays_as_close_to_fp32_as_the_plain_model(
     make_plain: Any, run_direct: Any, dtype: torch.dtype
@@ -382,7 +355,7 @@ async def test_half_precision_stays_as_close_to_fp32_as_the_plain_model(
         sessions = [direct.open(i) for i in range(len(prompts))]
         for session, prompt in zip(sessions, prompts, strict=True):
             direct.feed(session, prompt)
-        rows = [tensor((await direct.next(session)).out.row, dtype).float() for session in sessions]
+        rows = [tensor((await direct.next(session)).out.rows, dtype).float() for session in sessions]
     ours = sum((row - exact.hidden(prompt)).norm() for row, prompt in zip(rows, prompts, strict=True))
     theirs = sum((plain.hidden(prompt).float() - exact.hidden(prompt)).norm() for prompt in prompts)
     assert ours <= 1.25 * theirs
@@ -414,6 +387,6 @@ def test_a_model_whose_answers_would_depend_on_neighbours_is_refused(make_plain:
     plain = make_plain("llama")
     plain.model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     base, head = split(plain.model)
-    settings = EngineSettings()
+    settings = TransformersSettings()
     with pytest.raises(CheckpointInvalid, match="rope_type"):
         TransformersEngine(base, head, card_for(base, head, settings), settings)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stip_protocol.errors import CheckpointInvalid
-from stip_server.config import EngineSettings
+from stip_server.config import TransformersSettings
 from stip_server.engine import Form, Hidden, Logits, Top
 from stip_server.engines.transformers import card_for, split
 from stip_server.engines.transformers.attention import slot_attention
@@ -58,7 +58,7 @@ class Reference:
         if isinstance(out, Top):
             return int.from_bytes(out.indices[:4], "little")
         # A cap does not change which logit is the largest.
-        return int(self.model.get_output_embeddings()(numbers(out.row, self.dtype)[None])[0].argmax())
+        return int(self.model.get_output_embeddings()(numbers(out.rows, self.dtype)[None])[0].argmax())
 
 
 async def served(
@@ -93,7 +93,7 @@ def difference(reference: Reference, prompt: list[int], ids: list[int], outputs:
             total = logits[i].logsumexp(0).float()
             torch.testing.assert_close(numbers(out.log_sum_exp, torch.float32)[0], total, rtol=1e-5, atol=1e-5)
         else:
-            got, expected = numbers(out.row, reference.dtype), hidden[i]
+            got, expected = numbers(out.rows, reference.dtype), hidden[i]
         found = max(found, float((got - expected).abs().max()))
     return found
 
@@ -113,7 +113,7 @@ async def test_ragged_sessions_far_past_a_window_get_what_each_gets_alone_from_t
 
     async def one(direct: Any, i: int) -> tuple[list[int], list[Any]]:
         async with gate:
-            return await served(direct, i, *jobs[i], list(Form)[i % 2], frame=13)
+            return await served(direct, i, *jobs[i], (Form.HIDDEN, Form.TOP)[i % 2], frame=13)
 
     async with run_direct(reference, prefill_chunk=8, slots=5) as direct:
         answers = await asyncio.gather(*(one(direct, i) for i in range(len(jobs))))
@@ -134,7 +134,7 @@ async def test_every_row_of_a_lone_session_is_right_whatever_the_chunks(run_dire
             for count in frames:
                 direct.feed(session, ids[fed : fed + count])
                 fed += count
-                row = numbers((await direct.next(session)).out.row, torch.float32)
+                row = numbers((await direct.next(session)).out.rows, torch.float32)
                 assert float((row - expected[fed - 1]).abs().max()) < BOUNDS[torch.float32]
             assert fed == len(ids)
 
@@ -167,7 +167,7 @@ async def test_a_session_gets_the_same_alone_and_between_idle_hostile_and_leavin
     for ids, outputs in together:
         assert ids == alone[0]
         for got, expected in zip(outputs, alone[1], strict=True):
-            distance = numbers(got.row, torch.float32) - numbers(expected.row, torch.float32)
+            distance = numbers(got.rows, torch.float32) - numbers(expected.rows, torch.float32)
             assert float(distance.abs().max()) < BOUNDS[torch.float32]
 
 
@@ -180,7 +180,7 @@ async def test_bfloat16_stays_about_as_close_to_float32_as_transformers_does(run
             prompt = reference.prompt(25 + seed, seed)
             _, (out,) = await served(direct, seed, prompt, 1, Form.HIDDEN)
             expected = exact.hidden(prompt)[-1]
-            ours += float((numbers(out.row, torch.bfloat16).float() - expected).norm())
+            ours += float((numbers(out.rows, torch.bfloat16).float() - expected).norm())
             theirs += float((reference.hidden(prompt)[-1].float() - expected).norm())
     assert 0 < ours <= 1.3 * theirs
 
@@ -197,7 +197,7 @@ async def test_a_recalled_row_is_capped_as_the_model_caps_it(run_direct: Any, na
         recalled = (await direct.next(session)).out
     assert isinstance(recalled, Logits)
     torch.testing.assert_close(
-        numbers(recalled.row, torch.float32), reference.logits(prompt)[-1], rtol=0, atol=BOUNDS[torch.float32]
+        numbers(recalled.rows, torch.float32), reference.logits(prompt)[-1], rtol=0, atol=BOUNDS[torch.float32]
     )
 
 
@@ -226,12 +226,12 @@ def test_what_the_engine_would_get_wrong_is_refused_by_field(change: str) -> Non
     for key, value in fields.items():
         setattr(base.config, key, value)
     with pytest.raises(CheckpointInvalid, match=f"^{field}"):
-        card_for(base, head, EngineSettings())
+        card_for(base, head, TransformersSettings())
 
 
 def test_sessions_of_a_longrope_model_stay_within_its_original_length() -> None:
     base, head = split(tiny("phi3, longrope"))
-    card = card_for(base, head, EngineSettings(max_positions=90))
+    card = card_for(base, head, TransformersSettings(max_positions=90))
     assert card.max_positions == 72
     with pytest.raises(CheckpointInvalid, match="max_positions"):
         Runner(base, head, replace(card, max_positions=73))
@@ -239,7 +239,7 @@ def test_sessions_of_a_longrope_model_stay_within_its_original_length() -> None:
 
 def test_a_model_that_does_not_fit_its_configuration_is_refused_at_the_start() -> None:
     base, head = split(tiny("llama"))
-    card = card_for(base, head, EngineSettings())
+    card = card_for(base, head, TransformersSettings())
     base.config.head_dim = 16
     with pytest.raises(CheckpointInvalid, match="does not step"):
         Runner(base, head, card)

@@ -12,14 +12,21 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 
-from stip_protocol.errors import CheckpointInvalid, ManifestMismatch, PresetRefused, SignatureInvalid
+from stip_protocol.errors import (
+    CheckpointInvalid,
+    ConfigurationError,
+    ManifestMismatch,
+    PresetRefused,
+    SignatureInvalid,
+)
 from stip_protocol.manifest import Manifest, file_digest
-from stip_server.config import EngineSettings
+from stip_server.config import TransformersSettings
 from stip_server.engine import Form
-from stip_server.engines.transformers import TransformersEngine, card_for, load
+from stip_server.engines.transformers import TransformersEngine, card_for, load, split
 from tests.server.models import MODELS, tiny
 
 KEY = Ed25519PrivateKey.generate()
+PRESETS = {"hidden": "hardened", "top": "paper", "ids": "throughput"}
 
 
 def sign(instance: Path, **changes: Any) -> None:
@@ -44,28 +51,27 @@ def sign(instance: Path, **changes: Any) -> None:
 def make_instance(tmp_path: Path, make_plain: Any) -> Callable[..., Path]:
     def make(family: str, output: str, dtype: torch.dtype = torch.float32) -> Path:
         model = make_plain(family, dtype).model
-        (model if output == "top" else model.base_model).save_pretrained(tmp_path / "server")
+        (model.base_model if output == "hidden" else model).save_pretrained(tmp_path / "server")
         (tmp_path / "server" / "generation_config.json").unlink(missing_ok=True)
-        preset = "paper" if output == "top" else "hardened"
-        sign(tmp_path, output=output, preset=preset, dtype=str(dtype).removeprefix("torch."))
+        sign(tmp_path, output=output, preset=PRESETS[output], dtype=str(dtype).removeprefix("torch."))
         return tmp_path
 
     return make
 
 
-@pytest.mark.parametrize("output", ["hidden", "top"])
+@pytest.mark.parametrize("output", PRESETS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 async def test_a_signed_checkpoint_loads_in_its_class_and_dtype(
     make_instance: Any, family: str, output: str, dtype: torch.dtype
 ) -> None:
     loaded = load(make_instance(family, output, dtype), KEY.public_key(), "cpu")
-    settings = EngineSettings(slots=2)
+    settings = TransformersSettings(slots=2)
     card = card_for(loaded.model, loaded.head, settings, manifest=loaded.manifest, digest=loaded.digest)
     assert card.dtype == str(dtype).removeprefix("torch.")
     assert (card.instance, card.epoch, card.width, card.max_positions) == ("ab" * 16, 3, 48, 80)
     assert card.forms == (Form(output),)
-    assert card.vocabulary == (211 if output == "top" else 0)
+    assert (card.vocabulary, card.max_outputs) == (0 if output == "hidden" else 211, 8)
     assert len(card.manifest_digest) == 32
     await TransformersEngine(loaded.model, loaded.head, card, settings).stop()
 
@@ -172,21 +178,20 @@ def test_an_instance_without_its_server_part_is_refused(make_instance: Any) -> N
         load(instance, KEY.public_key(), "cpu")
 
 
-@pytest.mark.parametrize("output", ["hidden", "top"])
+@pytest.mark.parametrize("output", PRESETS)
 @pytest.mark.parametrize("name", MODELS)
 async def test_every_family_loads_in_its_class_and_computes_what_was_saved(
     tmp_path: Path, name: str, output: str
 ) -> None:
     model = tiny(name)
     base = model.base_model
-    (model if output == "top" else base).save_pretrained(tmp_path / "server")
+    (base if output == "hidden" else model).save_pretrained(tmp_path / "server")
     (tmp_path / "server" / "generation_config.json").unlink(missing_ok=True)
     width = model.get_input_embeddings().weight.shape[1]
     cap = getattr(model.config, "final_logit_softcapping", None)
-    preset = "paper" if output == "top" else "hardened"
-    sign(tmp_path, output=output, preset=preset, width=width, logit_cap=cap, max_positions=96)
+    sign(tmp_path, output=output, preset=PRESETS[output], width=width, logit_cap=cap, max_positions=96)
     loaded = load(tmp_path, KEY.public_key(), "cpu")
-    settings = EngineSettings(slots=2)
+    settings = TransformersSettings(slots=2)
     card = card_for(loaded.model, loaded.head, settings, manifest=loaded.manifest, digest=loaded.digest)
     assert (card.width, card.max_positions) == (width, 72 if "longrope" in name else 96)
     rows = torch.randn(1, 20, width)
@@ -194,8 +199,11 @@ async def test_every_family_loads_in_its_class_and_computes_what_was_saved(
         expected = base(inputs_embeds=rows).last_hidden_state
         loaded.model.set_attn_implementation(model.config._attn_implementation)
         assert torch.equal(loaded.model(inputs_embeds=rows).last_hidden_state, expected)
-        if output == "top":
+        if output != "hidden":
             assert torch.equal(loaded.head(expected), model.get_output_embeddings()(expected))  # type: ignore[misc]
+        if output == "ids":
+            ids = torch.arange(20)
+            assert torch.equal(loaded.model.get_input_embeddings()(ids), model.get_input_embeddings()(ids))
     await TransformersEngine(loaded.model, loaded.head, card, settings).stop()
 
 
@@ -207,8 +215,24 @@ def test_a_cap_that_the_manifest_does_not_say_is_refused(tmp_path: Path, cap: fl
         load(tmp_path, KEY.public_key(), "cpu")
 
 
-def test_a_refused_throughput_instance_says_what_would_serve_it(make_instance: Any) -> None:
+def test_a_preset_that_decodes_alone_with_an_output_of_another_is_refused(make_instance: Any) -> None:
     instance = make_instance("llama", "hidden")
     sign(instance, preset="throughput")
-    with pytest.raises(PresetRefused, match="generates by itself"):
+    with pytest.raises(PresetRefused, match="preset: got throughput, allowed: one whose output is hidden"):
         load(instance, KEY.public_key(), "cpu")
+
+
+async def test_memory_bounds_the_slots_before_they_are_taken_and_says_the_numbers(make_plain: Any) -> None:
+    plain = make_plain("llama")
+    base, head = split(plain.model)
+    # 2 layers of keys and values, 3 heads of width 8, 96 positions and one for rows of nobody, 4 bytes each.
+    slot = 2 * 2 * 3 * 8 * 97 * 4
+    for memory, slots in ((3.5 * slot, 3), (1000 * slot, 16), (slot, 1)):
+        assert card_for(base, head, TransformersSettings(memory_gb=memory / 2**30)).max_sessions == slots
+    settings = TransformersSettings(memory_gb=3.5 * slot / 2**30)
+    engine = TransformersEngine(base, head, card_for(base, head, settings), settings)
+    cache = engine._runner._cache
+    assert sum(store.nbytes for layer in cache._slot_layers for store in layer._stores) == 3 * slot
+    await engine.stop()
+    with pytest.raises(ConfigurationError, match=r"engine.memory_gb: .* allowed: at least .* \(one session of 96 pos"):
+        card_for(base, head, TransformersSettings(memory_gb=0.9 * slot / 2**30))

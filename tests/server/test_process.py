@@ -110,7 +110,7 @@ async def test_a_served_instance_answers_and_drains_on_sigterm(config: Path, lla
 
             server.send_signal(signal.SIGTERM)
             assert (await link.read()).drain.seconds == 20
-            piece = wire.Slice(session=HANDLE, position=0, count=3, last=True)
+            piece = wire.Slice(session=HANDLE, position=0, count=3, outputs=1)
             await link.write(wire.Up(feed=wire.Feed(slices=[piece], rows=llama.rows([1, 2, 3]))))
             assert len((await link.read()).fed.hidden) == card.width * 4
             await link.write(wire.Up(close=wire.Close(session=HANDLE)))
@@ -126,8 +126,8 @@ async def test_a_served_instance_answers_and_drains_on_sigterm(config: Path, lla
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        pytest.param("slots = 2", "slots = 0", "engine.slots", id="a value out of range"),
-        pytest.param("slots = 2", "slot = 2", "engine.slot", id="an unknown key"),
+        pytest.param("slots = 2", "slots = 0", "engine.transformers.slots", id="a value out of range"),
+        pytest.param("slots = 2", "slot = 2", "engine.transformers.slot", id="an unknown key"),
         pytest.param('"developer.pub"', '"ca.pem"', "developer_key", id="no Ed25519 key"),
     ],
 )

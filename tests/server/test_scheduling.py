@@ -26,7 +26,7 @@ def scheduler(window: float = 0.01, chunk: int = 4) -> Scheduler:
 
 
 def feed(plan: Scheduler, name: int, position: int, count: int, now: float) -> None:
-    plan.feed(Slice((1, bytes([name])), position, count, True, bytes(4 * count)), now)
+    plan.feed(Slice((1, bytes([name])), position, count, 1, bytes(4 * count)), now)
 
 
 def start(plan: Scheduler, name: int, rows: int, now: float = 0.0) -> None:
@@ -35,8 +35,10 @@ def start(plan: Scheduler, name: int, rows: int, now: float = 0.0) -> None:
 
 
 def finish(plan: Scheduler, batch: Batch, now: float) -> None:
-    for sequence in plan.computed(batch, seconds=0.1, now=now):
-        sequence.answer(now)
+    plan.computed(batch, seconds=0.1, now=now)
+    for work in batch.work:
+        if work.outputs and plan.is_open(work.sequence):
+            work.sequence.answer(now)
 
 
 def names(batch: Batch) -> list[tuple[int, int]]:
@@ -86,40 +88,54 @@ def test_nobody_waits_for_a_session_that_stays_away() -> None:
 def test_the_wait_never_exceeds_the_window(returns: list[float], window: float) -> None:
     gather = GatherWindow(window)
     for seconds in returns:
-        gather.returned(seconds)
-    assert gather.patience([10.0], ready=10.0, now=10.0) <= window * 1.000001 + 1e-9
-    assert gather.patience([10.0], ready=10.0, now=10.0 + window) <= 1e-9
+        gather.link(1).observe(seconds)
+    assert gather.patience([(1, 10.0)], ready=10.0, now=10.0) <= window * 1.000001 + 1e-9
+    assert gather.patience([(1, 10.0)], ready=10.0, now=10.0 + window) <= 1e-9
     assert gather.patience([], ready=10.0, now=10.0) == 0.0
 
 
 def test_the_window_follows_the_observed_return_times() -> None:
-    gather = GatherWindow(1.0)
-    assert gather.expected_return == 1.0
+    link = GatherWindow(1.0).link(1)
+    assert link.expected == 1.0
     for _ in range(100):
-        gather.returned(0.002)
-    assert 0.002 <= gather.expected_return < 0.003
-    gather.returned(RETURN_LIMIT * 10)
-    assert gather.expected_return < 0.003
+        link.observe(0.002)
+    assert 0.002 <= link.expected < 0.003
+    link.observe(RETURN_LIMIT * 10)
+    assert link.expected < 0.003
     for _ in range(100):
-        gather.returned(0.2)
-    assert gather.expected_return == pytest.approx(0.2, rel=0.05)
+        link.observe(0.2)
+    assert link.expected == pytest.approx(0.2, rel=0.05)
 
 
 def test_a_step_waits_half_a_step_at_most() -> None:
     gather = GatherWindow(1.0)
-    gather.returned(0.004)
+    gather.link(1).observe(0.004)
     gather.stepped(0.04)
-    assert 0 < gather.patience([10.0], ready=10.0, now=10.0) <= 0.02
-    assert gather.patience([10.0], ready=10.0, now=10.021) == 0.0
+    assert 0 < gather.patience([(1, 10.0)], ready=10.0, now=10.0) <= 0.02
+    assert gather.patience([(1, 10.0)], ready=10.0, now=10.021) == 0.0
 
 
 def test_nobody_waits_for_sessions_that_usually_take_longer_than_the_wait_may_last() -> None:
     gather = GatherWindow(1.0)
     gather.stepped(0.04)
     for _ in range(100):
-        gather.returned(0.03)
-    assert gather.patience([10.0], ready=10.0, now=10.0) == 0.0
-    assert gather.patience([9.985], ready=10.0, now=10.0) > 0.0
+        gather.link(1).observe(0.03)
+    assert gather.patience([(1, 10.0)], ready=10.0, now=10.0) == 0.0
+    assert gather.patience([(1, 9.985)], ready=10.0, now=10.0) > 0.0
+
+
+def test_a_link_far_away_neither_makes_others_wait_nor_shortens_the_wait_for_a_near_one() -> None:
+    gather = GatherWindow(1.0)
+    gather.stepped(0.04)
+    for _ in range(100):
+        gather.link(1).observe(0.002)
+        gather.link(2).observe(0.3)
+    near = gather.patience([(1, 10.0)], ready=10.0, now=10.0)
+    assert 0.002 <= near < 0.003
+    assert gather.patience([(2, 10.0)], ready=10.0, now=10.0) == 0.0
+    assert gather.patience([(1, 10.0), (2, 10.0)], ready=10.0, now=10.0) == near
+    gather.forget(1)
+    assert gather.link(1).expected == 1.0
 
 
 def test_alternating_half_batches_find_together() -> None:
@@ -190,12 +206,12 @@ def test_active_slots_stay_contiguous_and_rows_stay_with_their_session(choices: 
             slot = held[name].slot
             cache.place(Placement(slot, slot + 1, 0, rows, rows))
             layer.update(states, states)
-            held[name].done = rows
+            held[name].written = rows
         assert len(table) == len(held)
         assert sorted(s.slot for s in held.values()) == list(range(len(held)))
         expected = torch.zeros(shape)
         for name_, sequence in held.items():
-            expected[sequence.slot, :, : sequence.done] = name_ + 1
+            expected[sequence.slot, :, : sequence.written] = name_ + 1
         assert torch.equal(layer.keys, expected)
         assert torch.equal(layer.values, expected)
 
@@ -210,3 +226,23 @@ def test_finite_means_what_ieee_754_says(dtype: str, data: st.DataObject) -> Non
     rows = raw + edge
     expected = torch.frombuffer(bytearray(rows), dtype=getattr(torch, dtype)).isfinite().all() if rows else True
     assert is_finite(rows, dtype) is bool(expected)
+
+
+@pytest.mark.parametrize("form", [Form.HIDDEN, Form.IDS])
+def test_a_session_that_waits_keeps_its_own_rows_and_nothing_else_of_their_frame(form: Form) -> None:
+    frame, session = bytearray(4096), Sequence((1, b"\x01"), 100, form, 0.0)
+    card = Card("0" * 32, 0, b"", "plain", "float32", 1, 100, 100, 8, (form,))
+    rows = memoryview(frame)[:4]
+    session.accept(Slice(session.session, 0, 1, 0, rows), card, 0.0)
+    rows.release()
+    del frame[4:]  # raises BufferError where somebody still looks at it
+
+
+def test_a_prompt_that_took_longer_than_sessions_may_idle_does_not_end_with_its_last_step() -> None:
+    plan, session = scheduler(chunk=1), (1, b"\x01")
+    plan.open(session, max_positions=1000, output=Form.HIDDEN, now=0.0)
+    plan.feed(Slice(session, 0, 2, 0, bytes(8)), 0.0)
+    for now in (50.0, 100.0):
+        finish(plan, plan.next(now - 50.0), now)
+    assert plan.idle(101.0) == []
+    assert [ended for ended, _ in plan.idle(161.0)] == [session]

@@ -30,6 +30,7 @@ def generate(
     temperature: float,
     top_k: int,
     top_p: float,
+    drafts: int,
     seed: int | None,
     timeout: float,
     connect_timeout: float,
@@ -54,6 +55,7 @@ def generate(
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
+                drafts=drafts,
                 timeout=timeout,
             ):
                 chunks.append(chunk)

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from stip.sampling import DRAFTS_LIMIT
+
 F = TypeVar("F", bound=Callable[..., Any])
 CONNECT_SECONDS = 30.0
 
@@ -37,6 +39,15 @@ _SAMPLING = (
         show_default=True,
         type=click.FloatRange(min=0, max=1, min_open=True),
         help="Keep the likeliest that together have this mass.",
+    ),
+    click.option(
+        "--drafts",
+        default=0,
+        show_default=True,
+        type=click.IntRange(min=0, max=DRAFTS_LIMIT),
+        help="Guess up to N tokens a round trip from repetition in the text: the same answer, sooner where the enclave "
+        "is far from the model. The operator then sees how many guesses were right, and so how repetitive your text "
+        "is and where; wrong guesses count against your budget.",
     ),
     click.option("--seed", type=click.IntRange(min=0, max=2**64 - 1), help="Makes a sampled answer repeatable."),
     click.option(

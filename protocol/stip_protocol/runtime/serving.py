@@ -18,7 +18,7 @@ from stip_protocol.rpc import SERVER_OPTIONS, ErrorInterceptor
 from stip_protocol.runtime.config import Serving
 from stip_protocol.runtime.logs import fault
 from stip_protocol.runtime.metrics import MetricsServer
-from stip_protocol.telemetry import Telemetry
+from stip_protocol.telemetry import TASKS, Telemetry
 
 
 async def serve(
@@ -60,6 +60,8 @@ async def serve(
         raise ConfigurationError(f"listen: {settings.listen}, metrics: {settings.metrics}: cannot bind") from error
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # Read in the thread of the metrics; asyncio tries again where the set changes meanwhile.
+    telemetry.gauge(TASKS).set_function(lambda: len(asyncio.all_tasks(loop)))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()

@@ -69,7 +69,7 @@ class _OutputEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Output.ValueTy
     OUTPUT_TOP: _Output.ValueType  # 2
     """the 64 largest logits and the log-sum-exp"""
     OUTPUT_IDS: _Output.ValueType  # 4
-    """reserved: the server decodes alone"""
+    """permuted ids: the server decodes alone"""
 
 class Output(_Output, metaclass=_OutputEnumTypeWrapper): ...
 
@@ -79,7 +79,7 @@ OUTPUT_HIDDEN: Output.ValueType  # 1
 OUTPUT_TOP: Output.ValueType  # 2
 """the 64 largest logits and the log-sum-exp"""
 OUTPUT_IDS: Output.ValueType  # 4
-"""reserved: the server decodes alone"""
+"""permuted ids: the server decodes alone"""
 Global___Output: _TypeAlias = Output  # noqa: Y015
 
 @_typing.final
@@ -125,6 +125,7 @@ class Card(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     WIRE_MINOR_FIELD_NUMBER: _builtins.int
+    MAX_OUTPUTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """WIRE_MAJOR"""
     instance: _builtins.str
@@ -145,6 +146,8 @@ class Card(_message.Message):
     max_rows: _builtins.int
     """rows in one Feed frame"""
     wire_minor: _builtins.int
+    max_outputs: _builtins.int
+    """rows of one slice that may be answered: 1 where several rows a round trip are not possible"""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedScalarFieldContainer[Global___Output.ValueType]: ...
     @_builtins.property
@@ -166,10 +169,11 @@ class Card(_message.Message):
         outputs: _abc.Iterable[Global___Output.ValueType] | None = ...,
         replicas: _abc.Iterable[_builtins.str] | None = ...,
         wire_minor: _builtins.int = ...,
+        max_outputs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "epoch", b"epoch", "instance", b"instance", "manifest_digest", b"manifest_digest", "max_positions", b"max_positions", "max_rows", b"max_rows", "max_sessions", b"max_sessions", "outputs", b"outputs", "preset", b"preset", "replicas", b"replicas", "version", b"version", "vocabulary", b"vocabulary", "width", b"width", "wire_minor", b"wire_minor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "epoch", b"epoch", "instance", b"instance", "manifest_digest", b"manifest_digest", "max_outputs", b"max_outputs", "max_positions", b"max_positions", "max_rows", b"max_rows", "max_sessions", b"max_sessions", "outputs", b"outputs", "preset", b"preset", "replicas", b"replicas", "version", b"version", "vocabulary", b"vocabulary", "width", b"width", "wire_minor", b"wire_minor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -184,6 +188,8 @@ class Up(_message.Message):
     RENEW_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
+    GENERATE_FIELD_NUMBER: _builtins.int
+    HALT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___Open: ...
     @_builtins.property
@@ -194,6 +200,10 @@ class Up(_message.Message):
     def close(self) -> Global___Close: ...
     @_builtins.property
     def recall(self) -> Global___Recall: ...
+    @_builtins.property
+    def generate(self) -> Global___Generate: ...
+    @_builtins.property
+    def halt(self) -> Global___Halt: ...
     def __init__(
         self,
         *,
@@ -202,12 +212,14 @@ class Up(_message.Message):
         renew: Global___Renew | None = ...,
         close: Global___Close | None = ...,
         recall: Global___Recall | None = ...,
+        generate: Global___Generate | None = ...,
+        halt: Global___Halt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "close", b"close", "feed", b"feed", "open", b"open", "recall", b"recall", "renew", b"renew"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "close", b"close", "feed", b"feed", "generate", b"generate", "halt", b"halt", "open", b"open", "recall", b"recall", "renew", b"renew"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "close", b"close", "feed", b"feed", "open", b"open", "recall", b"recall", "renew", b"renew"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "close", b"close", "feed", b"feed", "generate", b"generate", "halt", b"halt", "open", b"open", "recall", b"recall", "renew", b"renew"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "feed", "renew", "close", "recall"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "feed", "renew", "close", "recall", "generate", "halt"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -262,6 +274,7 @@ class Open(_message.Message):
     SPACE_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """16 bytes, chosen by the enclave, bound to the link"""
     lease: _builtins.bytes
@@ -272,6 +285,8 @@ class Open(_message.Message):
     mode: Global___Mode.ValueType
     request_id: _builtins.str
     """content-free, 32 hex digits"""
+    account: _builtins.bytes
+    """set by the gateway: 16 bytes, the same for all sessions of one lease; for fair turns"""
     def __init__(
         self,
         *,
@@ -282,10 +297,11 @@ class Open(_message.Message):
         space: Global___Space.ValueType = ...,
         mode: Global___Mode.ValueType = ...,
         request_id: _builtins.str = ...,
+        account: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "max_positions", b"max_positions", "mode", b"mode", "output", b"output", "request_id", b"request_id", "session", b"session", "space", b"space"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "lease", b"lease", "max_positions", b"max_positions", "mode", b"mode", "output", b"output", "request_id", b"request_id", "session", b"session", "space", b"space"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -312,13 +328,17 @@ Global___Opened: _TypeAlias = Opened  # noqa: Y015
 
 @_typing.final
 class Feed(_message.Message):
-    """Rows of several sessions, concatenated in the order of the slices, native dtype, row-major."""
+    """Rows of several sessions, concatenated in the order of the slices, native dtype, row-major; for sessions of
+    OUTPUT_IDS permuted ids instead, uint32 little-endian. One of the two a frame.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLICES_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
     rows: _builtins.bytes
+    ids: _builtins.bytes
     @_builtins.property
     def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slice]: ...
     def __init__(
@@ -326,10 +346,11 @@ class Feed(_message.Message):
         *,
         slices: _abc.Iterable[Global___Slice] | None = ...,
         rows: _builtins.bytes = ...,
+        ids: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "slices", b"slices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "rows", b"rows", "slices", b"slices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,25 +363,33 @@ class Slice(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
-    LAST_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    BACK_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     position: _builtins.int
-    """of the first row: the sequence number, accepted only where it equals the session's length"""
+    """of the first row: the sequence number, accepted only where it equals the session's length - back"""
     count: _builtins.int
-    """rows; in a reply: 1"""
-    last: _builtins.bool
-    """an output is wanted for the last row"""
+    """rows; in a reply: outputs, or ids"""
+    outputs: _builtins.int
+    """outputs wanted, for the last `outputs` rows; at most count and the card's max_outputs"""
+    back: _builtins.int
+    """rows that are forgotten first: drafted ones that were not accepted, ids beyond a halt"""
+    done: _builtins.bool
+    """in a reply of ids: nothing more follows for this Generate"""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         position: _builtins.int = ...,
         count: _builtins.int = ...,
-        last: _builtins.bool = ...,
+        outputs: _builtins.int = ...,
+        back: _builtins.int = ...,
+        done: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "last", b"last", "position", b"position", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back", b"back", "count", b"count", "done", b"done", "outputs", b"outputs", "position", b"position", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,8 +397,8 @@ Global___Slice: _TypeAlias = Slice  # noqa: Y015
 
 @_typing.final
 class Fed(_message.Message):
-    """One output form a frame, one output row a slice, in the order of the slices.
-    A slice's position is that of the row the output belongs to.
+    """One output form a frame, `count` outputs a slice, in the order of the slices.
+    A slice's position is that of the row its first output belongs to; of ids, the place of the first of them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -452,7 +481,7 @@ class Ids(_message.Message):
 
     IDS_FIELD_NUMBER: _builtins.int
     ids: _builtins.bytes
-    """reserved"""
+    """permuted, uint32 little-endian"""
     def __init__(
         self,
         *,
@@ -467,8 +496,82 @@ class Ids(_message.Message):
 Global___Ids: _TypeAlias = Ids  # noqa: Y015
 
 @_typing.final
+class Generate(_message.Message):
+    """Decode alone from `position`, the session's length: sessions of OUTPUT_IDS. Answered by Fed with ids, the last of
+    them with `done`. A stop id ends it and is not sent. Draws depend on (seed, step) where the engine can do so.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    MAX_IDS_FIELD_NUMBER: _builtins.int
+    STOP_IDS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    position: _builtins.int
+    max_ids: _builtins.int
+    """at least 1"""
+    stop_ids: _builtins.bytes
+    """permuted, uint32 little-endian"""
+    temperature: _builtins.float
+    """0: greedy"""
+    top_k: _builtins.int
+    """0: off"""
+    top_p: _builtins.float
+    """0 or 1: off"""
+    seed: _builtins.int
+    step: _builtins.int
+    """draws that were made before this message"""
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        position: _builtins.int = ...,
+        max_ids: _builtins.int = ...,
+        stop_ids: _builtins.bytes = ...,
+        temperature: _builtins.float = ...,
+        top_k: _builtins.int = ...,
+        top_p: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ids", b"max_ids", "position", b"position", "seed", b"seed", "session", b"session", "step", b"step", "stop_ids", b"stop_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Generate: _TypeAlias = Generate  # noqa: Y015
+
+@_typing.final
+class Halt(_message.Message):
+    """Stop decoding: answered by Fed with `done`, and with the ids decoded so far that were not sent yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Halt: _TypeAlias = Halt  # noqa: Y015
+
+@_typing.final
 class Recall(_message.Message):
-    """The full logits row behind the last Top of a session (`position` names it)."""
+    """The full logits row behind one of the last Tops of a session (`position` names it)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -538,19 +641,23 @@ class Closed(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     code: _builtins.str
     message: _builtins.str
+    retry_after_ms: _builtins.int
+    """0: not said"""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         code: _builtins.str = ...,
         message: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

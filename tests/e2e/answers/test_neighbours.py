@@ -220,7 +220,7 @@ def oversize(bench: Bench, session: bytes, *, beyond: int) -> model_pb2.Up:
 
 
 def feed(*slices: tuple[bytes, int, int], rows: bytes) -> model_pb2.Up:
-    parts = [model_pb2.Slice(session=s, position=at, count=count, last=True) for s, at, count in slices]
+    parts = [model_pb2.Slice(session=s, position=at, count=count, outputs=1) for s, at, count in slices]
     return model_pb2.Up(feed=model_pb2.Feed(slices=parts, rows=rows))
 
 

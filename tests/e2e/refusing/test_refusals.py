@@ -251,16 +251,26 @@ def test_a_server_refuses_a_checkpoint_that_differs_from_its_manifest(refusing: 
     assert shard.name in done.stderr
 
 
-async def test_a_killed_replica_ends_its_sessions_and_serves_again_once_restarted(refusing: System) -> None:
+async def test_with_its_only_replica_killed_a_turn_ends_in_time_and_a_resting_session_goes_on_later(
+    refusing: System,
+) -> None:
     victim, steady, stack = refusing["victim"], refusing["steady"], refusing.stack
     server = refusing.server("victim")
-    async with session_of(victim.profile) as (connection, lost), session_of(steady.profile) as (_, going):
+    async with (
+        session_of(victim.profile) as (connection, lost),
+        session_of(victim.profile) as (_, resting),
+        session_of(steady.profile) as (_, going),
+    ):
+        before = Job(victim.prompt(14, 8), max_tokens=6)
+        said = await before.run(resting)
+        victim.require_plain(before, said)
         job = Job(victim.prompt(6, 8), max_tokens=400)
         stream = lost.generate(job.ids, max_tokens=job.max_tokens, stop_ids=())
         first = await anext(stream)
         stack.processes[server].kill()
         ids, failure = await heard(stream)
         assert isinstance(failure, ReplicaLost)
+        assert failure.retry_after
         assert len(ids) + 1 < job.max_tokens
         victim.require_plain(job, Answer([first.id or 0, *ids], None))
         other = Job(steady.prompt(7, 8), max_tokens=30)
@@ -271,6 +281,9 @@ async def test_a_killed_replica_ends_its_sessions_and_serves_again_once_restarte
         again = Job(victim.prompt(8, 8), max_tokens=12)
         async with await until_available(connection) as session:
             victim.require_plain(again, await again.run(session))
+        # It has fed its first turn again, to a server that knows nothing of it.
+        after = Job(victim.prompt(15, 3), max_tokens=6, before=before.ids + said.ids)
+        victim.require_plain(after, await after.run(resting))
 
 
 async def test_a_gateway_that_is_told_to_leave_lets_running_answers_finish(refusing: System) -> None:

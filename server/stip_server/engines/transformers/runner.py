@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from stip_protocol.errors import CheckpointInvalid, TensorInvalid
-from stip_protocol.tensor import row_bytes
-from stip_server.engine import TOP_COUNT, Card, Form, Hidden, Logits, Top
-from stip_server.engines.transformers.attention import SLOT_ATTENTION, soft_capped
+from stip_protocol.errors import CheckpointInvalid
+from stip_server.config import TransformersSettings
+from stip_server.engine import Card, Form, Logits
+from stip_server.engines.family import shape_of
+from stip_server.engines.outputs import LogitsRow, Outputs, Piece, Result
+from stip_server.engines.transfer import Transfer
+from stip_server.engines.transformers.attention import SLOT_ATTENTION, Run
 from stip_server.engines.transformers.cache import Placement, SlotCache
-from stip_server.engines.transformers.family import EVERY_LAYER, shape_of
-from stip_server.engines.transformers.scheduler import Batch, Work
+from stip_server.engines.transformers.graphs import Bucket, Buckets, StaticSteps
+from stip_server.engines.transformers.layout import Layout
+from stip_server.engines.transformers.masks import MaskMaker, Masks
+from stip_server.engines.transformers.scheduler import Batch
+from stip_server.engines.transformers.sharding import is_cut, own_kv_heads
 from stip_server.engines.transformers.slots import Vacate
 
-Masks = torch.Tensor | dict[str, torch.Tensor | None] | None
-"""What a model takes as `attention_mask`: one for all layers, or one a kind of layer."""
+__all__ = ["LogitsRow", "Result", "Runner"]
 EXPERTS = {torch.float64: "eager"}
 """How experts are computed where torch has no grouped product for the dtype."""
 GROUPED_EXPERTS = "grouped_mm"
 """One product an expert over its rows: what transformers itself chooses, and the fastest of its choices on CPUs too."""
-
-
-@dataclass(frozen=True)
-class LogitsRow:
-    """The full row behind a `Top`, where it was computed."""
-
-    batch: torch.Tensor = field(repr=False)
-    index: int
-
-    def alone(self) -> LogitsRow:
-        """The row in memory of its own."""
-        return self if len(self.batch) == 1 else LogitsRow(self.batch[self.index : self.index + 1].clone(), 0)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one session got from a step: an output, an error that ends it, or nothing yet."""
-
-    out: Hidden | Top | None = None
-    logits: LogitsRow | None = None
-    error: TensorInvalid | None = None
 
 
 class Runner:
@@ -55,16 +37,16 @@ class Runner:
 
     `model` is a transformers base model (its output is the hidden state after the final norm), `head` the linear
     map to logits or None. The caller's module is left as it is: the runner works with modules of its own over
-    the same weights.
+    the same weights. With `settings` that ask for it, decoding steps are recorded (see `graphs`).
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module | None, card: Card) -> None:
+    def __init__(
+        self, model: nn.Module, head: nn.Module | None, card: Card, settings: TransformersSettings | None = None
+    ) -> None:
         self._card = card
         self._dtype: torch.dtype = getattr(torch, card.dtype)
-        self._row_bytes = row_bytes(card.dtype, card.width)
         self._model: Any = _own(model)
         self._device: torch.device = next(model.parameters()).device
-        self._head = None if head is None else _own(head)
         self._shape = shape = shape_of(self._model.config)
         for name, got, allowed in (
             ("width", card.width, shape.width),
@@ -75,62 +57,101 @@ class Runner:
         self._model.set_attn_implementation(SLOT_ATTENTION)
         if shape.experts:
             self._model.set_experts_implementation(EXPERTS.get(self._dtype, GROUPED_EXPERTS))
-        slots = (card.max_sessions, shape.kv_heads, card.max_positions, shape.head_width)
-        self._cache = SlotCache(shape.layers, slots, self._dtype, self._device)
-        self._steps = torch.arange(card.max_positions, device=self._device)
+        slots = (card.max_sessions, own_kv_heads(self._model, shape), card.max_positions, shape.head_width)
+        self._cache = SlotCache(shape.layers, slots, self._dtype, self._device, shape.layer_windows)
+        self._masks = MaskMaker(shape, card.max_positions, self._dtype, self._device)
+        self._transfer = Transfer(self._device)
+        self._outputs = Outputs(None if head is None else _own(head), shape.logit_cap, self._transfer)
         self._rehearse()
+        self._steps = self._record(settings or TransformersSettings())
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[list[Result], float]:
         """One result a piece of work, in order, and the seconds of compute."""
+        return self.step(batch.moves, batch.work)
+
+    @torch.inference_mode()
+    def step(self, moves: Sequence[Vacate], work: Sequence[Piece]) -> tuple[list[Result], float]:
+        """The same, of parts that need no scheduler."""
         started = time.perf_counter()
-        self._cache.vacate(batch.moves)
-        work = batch.work
-        several = len(work) > 1
-        hidden = self._decode(work) if several else self._single(work[0])
-        finite = torch.isfinite(hidden).all(dim=-1)
-        finite = finite if several else finite.all(dim=0, keepdim=True)
-        results = self._results(work, hidden[-len(work) :], finite.tolist())
-        return results, time.perf_counter() - started
+        self._cache.vacate(moves)
+        bucket = self._steps.buckets.holding(work) if self._steps else None
+        if self._steps and bucket:
+            hidden, starts = self._static(self._steps, bucket, work)
+        elif len(work) > 1:
+            hidden, starts = self._several(work)
+        else:
+            hidden, starts = self._single(work[0]), [0]
+        return self._outputs.results(work, hidden, starts), time.perf_counter() - started
 
     @torch.inference_mode()
     def logits(self, row: LogitsRow) -> Logits:
         """The full row behind a `Top`."""
-        return Logits(_bytes(row.batch[row.index]))
+        return row.read()
 
-    def _decode(self, work: Sequence[Work]) -> torch.Tensor:
-        """One row each of several sessions: hidden states [len(work), d]."""
-        first = min(w.slot for w in work)
-        stop = max(w.slot for w in work) + 1
-        by_slot = {w.slot: w for w in work}
-        span = [by_slot.get(slot) for slot in range(first, stop)]
-        blank = bytes(self._row_bytes)
-        rows = bytearray().join(w.rows[0] if w else blank for w in span)
-        positions = torch.tensor([w.position if w else 0 for w in span], device=self._device)
-        index = torch.tensor([w.slot - first for w in work], device=self._device)
-        length = max(w.position for w in work) + 1
-        members = (index, index + first, positions[index])
-        ragged = any(w is None or w.position + 1 != length for w in span)
-        masks = self._masks(positions[:, None], length, ragged=ragged)
-        self._cache.place(Placement(first, stop, 0, 1, length, members))
-        return self._forward(self._tensor(rows)[:, None], positions[:, None], masks)[index, 0]
+    def close(self) -> None:
+        """Nothing runs after this."""
 
-    def _single(self, work: Work) -> torch.Tensor:
+    def _several(self, work: Sequence[Piece]) -> tuple[torch.Tensor, list[int]]:
+        """A few rows each of several sessions: hidden states [rows, d], and where in them each session's begin."""
+        layout = Layout.of(work, self._card.max_positions)
+        positions = self._transfer.up(torch.tensor(layout.positions))
+        targets = self._transfer.up(torch.tensor(layout.targets))
+        slots = self._transfer.up(torch.tensor(layout.slots)[:, None]) if layout.runs else None
+        at = Placement(layout.first, layout.stop, layout.lowest, layout.rows, layout.length, targets, slots)
+        self._cache.place(at)
+        masks = self._masks.masks(positions, layout.length, layout.lowest, ragged=layout.ragged)
+        hidden = self._forward(self._rows(layout.members, layout.rows), positions, masks, layout.runs)
+        return hidden.flatten(0, 1), layout.starts
+
+    def _static(self, steps: StaticSteps, bucket: Bucket, work: Sequence[Piece]) -> tuple[torch.Tensor, list[int]]:
+        """The same in a bucket."""
+        layout = steps.layout(bucket, work)
+        hidden = steps.run(bucket, layout, self._rows(layout.members, bucket.rows))
+        return hidden.flatten(0, 1), layout.starts
+
+    def _bucketed(
+        self, rows: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """A step of a fixed shape (see `graphs`): all that is read are tensors on the device."""
+        slots, count = positions.shape
+        self._cache.place(Placement(0, slots, 0, count, length, targets))
+        return self._forward(rows, positions, self._masks.masks(positions, length, 0, ragged=True))
+
+    def _single(self, work: Piece) -> torch.Tensor:
         """One or more rows of one session: hidden states [rows, d]."""
         length = work.position + work.count
-        positions = self._steps[work.position : length]
-        masks = self._masks(positions[None], length, ragged=work.count > 1)
+        positions = self._masks.steps[None, work.position : length]
         self._cache.place(Placement(work.slot, work.slot + 1, work.position, work.count, length))
-        rows = self._tensor(bytearray().join(work.rows))
-        return self._forward(rows[None], positions[None], masks)[0]
+        masks = self._masks.masks(positions, length, work.position, ragged=work.count > 1)
+        return self._forward(self._rows([work], work.count), positions, masks)[0]
+
+    def _rows(self, span: Sequence[Piece | None], longest: int) -> torch.Tensor:
+        """The step's rows [slots, longest, d]; those of nobody are zeros. Ids are embedded by the model's own module,
+        which scales them where the family does."""
+        rows = self._padded([None if _of_ids(w) else w for w in span], longest, self._dtype, self._card.width)
+        if of_ids := [i for i, w in enumerate(span) if _of_ids(w)]:
+            # No id reaches the sign bit, and devices know more of int32 than of uint32.
+            ids = self._padded([span[i] for i in of_ids], longest, torch.int32, 1)
+            rows[of_ids] = self._model.get_input_embeddings()(ids[..., 0].long())
+        return rows
+
+    def _padded(self, span: Sequence[Piece | None], longest: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+        """What `span` was sent: [slots, longest, width], zeros where nothing was."""
+        size = width * dtype.itemsize
+        data = bytearray()
+        for w in span:
+            if w is not None:
+                data += b"".join(w.rows)
+            data += bytes(size * (longest - (w.count if w else 0)))
+        return self._transfer.up(torch.frombuffer(data, dtype=dtype).view(len(span), longest, width))
 
     def _rehearse(self) -> None:
         """Step a row of zeros, so that a model that does not fit its configuration is refused before it is offered."""
-        self._cache.place(Placement(0, 1, 0, 1, 1))
         row = torch.zeros((1, 1, self._shape.width), dtype=self._dtype, device=self._device)
         with torch.inference_mode():
             try:
-                self._forward(row, self._steps[None, :1], self._masks(self._steps[None, :1], 1, ragged=False))
+                self._cache.place(Placement(0, 1, 0, 1, 1))
+                self._forward(row, self._masks.steps[None, :1], None)
             except CheckpointInvalid:
                 raise
             except Exception as error:
@@ -138,91 +159,40 @@ class Runner:
                 raise CheckpointInvalid.because("server", got, "one that fits its configuration") from error
             self._cache.vacate([Vacate(0, 0, 1, 0)])
 
-    def _forward(self, rows: torch.Tensor, positions: torch.Tensor, masks: Masks) -> torch.Tensor:
+    @torch.inference_mode()
+    def _record(self, settings: TransformersSettings) -> StaticSteps | None:
+        """Decoding steps of fixed shapes, where they are wanted and possible."""
+        buckets = Buckets.chosen(settings.graphs, self._shape, self._card, self._device, cut=is_cut(self._model))
+        if buckets is None:
+            return None
+        like = torch.zeros(self._card.width, dtype=self._dtype, device=self._device)
+        return StaticSteps(self._bucketed, buckets, like, self._card.max_positions)
+
+    def _forward(
+        self, rows: torch.Tensor, positions: torch.Tensor, masks: Masks, runs: Sequence[Run] | None = None
+    ) -> torch.Tensor:
         out: torch.Tensor = self._model(
             inputs_embeds=rows,
             position_ids=positions,
             attention_mask=masks,
             past_key_values=self._cache,
             use_cache=True,
+            slot_runs=runs,
         ).last_hidden_state
         return out
 
-    def _masks(self, positions: torch.Tensor, length: int, *, ragged: bool) -> Masks:
-        """What rows at `positions` [batch, rows] see of `length` positions, for every kind of layer.
-
-        Not `ragged`: every row sees all of them wherever a window does not hide the first ones.
-        """
-        full = self._mask(positions, length, None) if ragged else None
-        masks = {
-            kind: full if window is None or length <= window else self._mask(positions, length, window)
-            for kind, window in self._shape.windows.items()
-        }
-        return masks if self._shape.layered else masks[EVERY_LAYER]
-
-    def _mask(self, positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
-        """What is added to the scores: 0 at a row's own position and before it, as far as the window reaches, and
-        -inf elsewhere. [batch, 1, groups · rows, length], or [batch, 1, 1, length] for one row."""
-        hidden = self._steps[:length] > positions[..., None]
-        if window is not None:
-            hidden |= self._steps[:length] <= positions[..., None] - window
-        mask = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, -math.inf)
-        rows = positions.shape[-1]
-        return (mask if rows == 1 else mask.repeat(1, self._shape.groups, 1))[:, None]
-
-    def _tensor(self, rows: bytearray) -> torch.Tensor:
-        return torch.frombuffer(rows, dtype=self._dtype).view(-1, self._card.width).to(self._device)
-
-    def _results(self, work: Sequence[Work], hidden: torch.Tensor, finite: list[bool]) -> list[Result]:
-        """From the hidden state of each one's last row."""
-        results = [Result() if good else Result(error=_overflow()) for good in finite]
-        due = [i for i, w in enumerate(work) if w.answer and finite[i]]
-        for form, answer in ((Form.HIDDEN, self._hidden), (Form.TOP, self._top)):
-            chosen = [i for i in due if work[i].answer is form]
-            if chosen:
-                rows = hidden if len(chosen) == len(work) else hidden[chosen]
-                for i, result in zip(chosen, answer(rows), strict=True):
-                    results[i] = result
-        return results
-
-    def _hidden(self, hidden: torch.Tensor) -> list[Result]:
-        data = _bytes(hidden)
-        return [Result(Hidden(piece)) for piece in _cut(data, self._row_bytes)]
-
-    def _top(self, hidden: torch.Tensor) -> list[Result]:
-        assert self._head is not None
-        logits = self._head(hidden)
-        if (cap := self._shape.logit_cap) is not None:
-            logits = soft_capped(logits, cap)
-        count = min(TOP_COUNT, logits.shape[-1])
-        values, indices = torch.topk(logits, count)
-        wide = logits if self._dtype is torch.float64 else logits.float()
-        sums = torch.logsumexp(wide, dim=-1).float()
-        good = torch.isfinite(sums).tolist()
-        value_rows = _cut(_bytes(values), values.shape[-1] * values.element_size())
-        index_rows = _cut(_bytes(indices.to(torch.uint32)), 4 * count)
-        sum_rows = _cut(_bytes(sums), 4)
-        return [
-            Result(Top(count, i, v, s), LogitsRow(logits, row)) if good[row] else Result(error=_overflow())
-            for row, (i, v, s) in enumerate(zip(index_rows, value_rows, sum_rows, strict=True))
-        ]
-
-
-def _overflow() -> TensorInvalid:
-    return TensorInvalid.because("hidden state", "a value that is not finite", "rows in the model's range")
-
 
 def _own(module: nn.Module) -> Any:
-    """The same weights under modules and configuration of one's own: settings do not reach the caller's module."""
+    """The same weights under modules and configuration of one's own: settings do not reach the caller's module.
+
+    A module that is cut among processes is bound to them by closures, which are not copied: it is the caller's own.
+    """
+    if is_cut(module):
+        return module.eval()
     shared: dict[int, object] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     own = copy.deepcopy(module, shared)
     return own.eval()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    """Row-major bytes in native dtype."""
-    return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-
-
-def _cut(data: bytes, size: int) -> list[bytes]:
-    return [data[start : start + size] for start in range(0, len(data), size)]
+def _of_ids(piece: Piece | None) -> bool:
+    return piece is not None and piece.form is Form.IDS

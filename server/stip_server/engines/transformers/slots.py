@@ -17,9 +17,9 @@ class Vacate:
     slot: int
     source: int
     rows: int
-    """Of the session that left."""
+    """That the session that left ever wrote: also those that it took back."""
     moved: int
-    """Of the session in `source`."""
+    """That the session in `source` ever wrote."""
 
 
 class SlotTable:
@@ -45,7 +45,7 @@ class SlotTable:
         sequence.slot = -1
         source = len(self._held)
         if last is sequence:
-            return Vacate(slot, slot, sequence.done, 0)
+            return Vacate(slot, slot, sequence.written, 0)
         last.slot = slot
         self._held[slot] = last
-        return Vacate(slot, source, sequence.done, last.done)
+        return Vacate(slot, source, sequence.written, last.written)

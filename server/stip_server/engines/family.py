@@ -81,9 +81,13 @@ class Shape:
     """Rows that a session can hold at most."""
     windows: Mapping[str, int | None]
     """By kind of layer: how many positions a row sees, its own included; None for all."""
+    layer_windows: tuple[int | None, ...]
+    """The same by layer."""
     layered: bool
     """The model takes one mask a kind of layer; otherwise one mask."""
     experts: bool
+    unrecordable: str | None
+    """What its forward asks the device for on the way, so that no recording can replay it; None: nothing."""
     logit_cap: float | None
     """Logits x leave the head as cap · tanh(x / cap)."""
 
@@ -98,6 +102,8 @@ def shape_of(config: Any) -> Shape:
             raise CheckpointInvalid.because(name, value, " or ".join(map(str, harmless)))
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    windows = _windows(config, family.reach)
+    layered = family.reach is Reach.LAYERS
     return Shape(
         width=getattr(config, family.width),
         layers=config.num_hidden_layers,
@@ -105,19 +111,36 @@ def shape_of(config: Any) -> Shape:
         kv_heads=kv_heads,
         head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
         positions=_positions(config),
-        windows=_windows(config, family.reach),
-        layered=family.reach is Reach.LAYERS,
+        windows=windows,
+        layer_windows=tuple(
+            windows[config.layer_types[layer] if layered else EVERY_LAYER] for layer in range(config.num_hidden_layers)
+        ),
+        layered=layered,
         experts=family.experts,
+        unrecordable=_unrecordable(config, family),
         logit_cap=getattr(config, "final_logit_softcapping", None),
     )
 
 
+def _unrecordable(config: Any, family: Family) -> str | None:
+    """See `Shape.unrecordable`."""
+    if family.experts:
+        return "the choice of experts"
+    if any(part.get("rope_type") == SHORT_ROPE for part in _ropes(config)):
+        return "the largest position, for longrope"
+    return None
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary parameters: one set, or one a kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
+
+
 def _positions(config: Any) -> int:
     """The longest session, within which rotary frequencies do not depend on any length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [part for part in rope.values() if isinstance(part, dict)]
     limit: int = config.max_position_embeddings
-    for part in by_layer or [rope]:
+    for part in _ropes(config):
         kind = part.get("rope_type", "default")
         if kind == SHORT_ROPE:
             limit = min(limit, part["original_max_position_embeddings"])
