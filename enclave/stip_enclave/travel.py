@@ -103,8 +103,7 @@ class Travel:
 
     def here(self) -> Seat | None:
         """The seat to go on with; None while there is none: `advance` is called when there is."""
-        if self._next is not None and (self._seat is None or not self._passenger.busy(self._seat)):
-            self._change_over()
+        self._move_on()
         if self._seat is None and self._task is None:
             self._task = asyncio.create_task(self._depart())
         return self._seat
@@ -120,8 +119,9 @@ class Travel:
         return self._next is not None
 
     def rest(self) -> None:
-        """Between two turns: leave a replica that drains, unless the next seat is being warmed. The next turn has all
-        its time to find one."""
+        """Between two turns: leave a replica that drains, for the seat that is warm if there is one, unless that is
+        still being warmed. The next turn has all its time to find one."""
+        self._move_on()
         seat = self._seat
         if seat is not None and seat.link.draining and self._warm is None:
             self._log.info("session leaves a draining replica", replica=seat.link.replica)
@@ -239,6 +239,8 @@ class Travel:
             self._log.warning("session stays on a draining replica", replica=old.link.replica, code=error.code)
             self._task = None
             self._stop()
+            if not self._passenger.running:
+                self.rest()
             return
         except Exception as error:  # noqa: BLE001 - as above
             self._defect(error)
@@ -247,7 +249,11 @@ class Travel:
         self._next = self._warm
         self._log.info("session moves", replica=old.link.replica, to=seat.link.replica)
         self._passenger.advance()
-        if self._next is not None and not self._passenger.busy(old):
+        self._move_on()
+
+    def _move_on(self) -> None:
+        """Change over to the seat that is warm, if there is one and the present one is silent."""
+        if self._next is not None and (self._seat is None or not self._passenger.busy(self._seat)):
             self._change_over()
 
     def _change_over(self) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from stip_protocol.errors import BudgetSpent
 from stip_protocol.wire import model_pb2
+from tests.enclave.bench import until
 
 PROMPT = [5, 17, 3, 60, 61, 62, 63]
 BOTH = ("one", "two")
@@ -159,6 +161,42 @@ async def test_a_turn_cancelled_on_a_draining_replica_leaves_it(bench: Any, pres
     talk.begin([40], max_tokens=3)
     made.replica.draining, made.replica.pace = False, None
     assert (await talk.rest())[0] == made.toy.generate([*PROMPT, *given, 40], 3)
+
+
+async def test_a_turn_that_ends_after_its_next_seat_is_warm_leaves_the_old_one(bench: Any) -> None:
+    made = await bench(preset="throughput", replicas=BOTH)
+    talk, _ = await running(made)
+    old = made.seated()
+    new = next(replica for replica in made.front.replicas if replica is not old)
+    halted = asyncio.Event()
+
+    def noted(up: model_pb2.Up) -> bool:
+        if up.HasField("halt"):
+            halted.set()
+        return False
+
+    old.broken_by = noted
+    new.hurry()
+    old.drain()
+    await asyncio.wait_for(halted.wait(), 10)  # the next seat is warm, and the generation has yet to fall silent
+    talk.session.cancel()
+    old.hurry()
+    await quiet(old)
+    assert len(new.sessions) == 1
+
+
+async def test_a_turn_that_ends_while_no_seat_can_be_warmed_leaves_the_old_one(bench: Any) -> None:
+    made = await bench(replicas=BOTH)
+    made.renewing.gate, made.renewing.refusals = asyncio.Event(), [BudgetSpent("no more")]
+    account = made.account(tokens=12)
+    talk = await made.session(account)
+    talk.begin(PROMPT, max_tokens=40)
+    old = made.seated()
+    old.drain()
+    await until(lambda: len(account._waiting) == 2)  # the turn, and the seat that is to be warmed
+    talk.session.cancel()
+    made.renewing.gate.set()  # the seat that is to be warmed hears that there are no more rows for it
+    await quiet(old)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

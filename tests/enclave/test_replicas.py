@@ -46,4 +46,5 @@ async def test_answers_go_on_when_a_model_server_drains(world: Any, developer: A
     draining = asyncio.create_task(world.replicas[0][0].drain())
     await finished(world, clients, given, 40)
     await asyncio.wait_for(draining, 10)
+    assert [(await client.turn([40], max_tokens=2))[1] for client in clients] == [2] * 6  # also of those that rested
     assert [service.sessions for service, _ in world.replicas] == [0, 6]
