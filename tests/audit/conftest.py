@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     plain = Network(MODEL)
     torch.manual_seed(SEED)
     vocabulary = plain.config["vocab_size"]
-    surrogate = LlamaForCausalLM(
+    surrogate: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=192, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
         )

@@ -133,7 +133,7 @@ class Report(_Frozen):
                 attack=cell.attack,
                 knowledge=cell.knowledge,
                 not_applicable=cell.not_applicable,
-                metrics={  # type: ignore[misc]  # names of `Interval` metrics are `MetricName`s
+                metrics={
                     metric.name: metric.measured for metric in cell.metrics if isinstance(metric.measured, Interval)
                 },
             )
