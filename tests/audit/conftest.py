@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -111,8 +111,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("audit")
     plain = Network(MODEL)
     torch.manual_seed(SEED)
-    vocabulary = plain.config["vocab_size"]
-    surrogate: Any = LlamaForCausalLM(
+    vocabulary, causal = plain.config["vocab_size"], cast(Any, LlamaForCausalLM)
+    surrogate = causal(
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=192, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
         )
