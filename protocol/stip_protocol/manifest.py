@@ -12,6 +12,7 @@ SHA-256 of the bytes of `manifest.json`.
       client/        manifest.json(.sig), tokenizer files
       secrets.sealed HPKE-sealed to the key service
       certificate.json
+      leakage.json   where it was audited: the whole report, of which the manifest has the summary
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stip_protocol.documents import explain
 from stip_protocol.durable import write_atomically
 from stip_protocol.errors import ManifestMismatch, SignatureInvalid, VersionUnsupported
+from stip_protocol.leakage import Leakage
 from stip_protocol.lease import Epoch, InstanceId
 from stip_protocol.versions import MANIFEST_VERSION
 
@@ -116,8 +118,8 @@ class Manifest(_SignedJson):
     """Digests of the *ciphertext*."""
     certificate: dict[str, Any]
     """Summary of the equivalence certificate: top-1 agreement, differences, dtype, seeds."""
-    leakage: dict[str, Any] | None = None
-    """Reserved for the leakage report."""
+    leakage: Leakage | None = None
+    """What an audit measured; None where there was none. `leakage.json` lies beside this manifest then."""
 
 
 class ClientManifest(_SignedJson):
