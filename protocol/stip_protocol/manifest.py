@@ -35,6 +35,9 @@ from stip_protocol.versions import MANIFEST_VERSION
 
 MANIFEST_LIMIT = 4 << 20
 """Bytes of the largest manifest read."""
+SIGNING = "signing"
+"""Folder in an instance in which new documents wait for their places: while it is there, the instance is between two
+manifests."""
 
 Preset = Literal["paper", "hardened", "throughput"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
