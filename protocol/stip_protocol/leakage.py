@@ -27,7 +27,12 @@ entries of the residual permutation, or |cosine| between recovered and true key;
 agrees with the plain one."""
 AttackLetter = Annotated[str, Field(pattern=r"^[A-Z]$")]
 KnowledgeName = Annotated[str, Field(pattern=r"^[a-z]{1,32}$")]
+Reason = Annotated[str, Field(min_length=1, max_length=400)]
+"""Why an attack means nothing with some knowledge."""
 CELLS_LIMIT = 512
+REPORT_NAME = "leakage.json"
+REPORT_LIMIT = 16 << 20
+"""Bytes of the largest report read."""
 
 
 class _Frozen(BaseModel):
@@ -53,8 +58,8 @@ class LeakageCell(_Frozen):
 
     attack: AttackLetter
     knowledge: KnowledgeName
-    not_applicable: Annotated[str, Field(min_length=1, max_length=400)] | None = None
-    """Why the attack means nothing here; otherwise it was measured."""
+    not_applicable: Reason | None = None
+    """Otherwise it was measured."""
     metrics: dict[MetricName, Interval] = {}
 
     @model_validator(mode="after")

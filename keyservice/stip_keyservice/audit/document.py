@@ -1,24 +1,34 @@
 """The report of one audited instance as a document: canonical JSON, the same bytes for the same findings.
 
 Nothing in it is a time or a path. Figures are rounded to `DIGITS` places, so that the last bits of a sum do not make
-another digest.
+another digest; the signed summary has the rounded ones too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stip_protocol.leakage import Interval, Leakage, LeakageCell
+from stip_protocol.leakage import REPORT_LIMIT as REPORT_LIMIT
+from stip_protocol.leakage import REPORT_NAME as REPORT_NAME
+from stip_protocol.leakage import (
+    AttackLetter,
+    Interval,
+    KnowledgeName,
+    Leakage,
+    LeakageCell,
+    MetricName,
+    Reason,
+)
 
-REPORT_NAME = "leakage.json"
-REPORT_LIMIT = 16 << 20
-"""Bytes of the largest report read."""
 REPORT_VERSION = (1, 0)
 DIGITS = 4
+SUMMARISED = frozenset(get_args(MetricName))
+"""Figures that the signed manifest carries: shares, larger ones worse."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
@@ -28,9 +38,15 @@ class _Frozen(BaseModel):
 class Bounds(_Frozen):
     """A figure that is no share (perplexity, a distance), and its 95 % confidence interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Finite
+    low: Finite
+    high: Finite
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            raise ValueError("low, value, high: not in this order")
+        return self
 
 
 class Metric(_Frozen):
@@ -38,6 +54,8 @@ class Metric(_Frozen):
 
     name: str
     """Of `stip_protocol.leakage.MetricName`, or `stolen_perplexity` and the like, whose interval is `Bounds`."""
+    of: str = ""
+    """Which of several models, where an attack makes more than one; the best comes first."""
     measured: Interval | Bounds
     prior: Interval | Bounds | None
     """The best guess of somebody who saw nothing, on the same positions. None where there is no such guess."""
@@ -46,34 +64,50 @@ class Metric(_Frozen):
     counted: Annotated[int, Field(ge=1)]
     """Positions, sessions or entries."""
 
+    @model_validator(mode="after")
+    def _share(self) -> Self:
+        if self.name in SUMMARISED and not isinstance(self.measured, Interval):
+            raise ValueError(f"{self.name} is a share")
+        return self
+
 
 class Point(_Frozen):
     """One point of a curve."""
 
     curve: str
-    x: float
+    x: Finite
     measured: Interval
+    """Share of tokens whose true id is the first guess."""
 
 
 class Cell(_Frozen):
     """One attack with one kind of knowledge: measured, or why not."""
 
-    attack: str
-    knowledge: str
-    not_applicable: str | None = None
+    attack: AttackLetter
+    knowledge: KnowledgeName
+    not_applicable: Reason | None = None
     metrics: tuple[Metric, ...] = ()
     points: tuple[Point, ...] = ()
-    figures: dict[str, float] = {}
+    figures: dict[str, Finite] = {}
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.not_applicable is None) != bool(self.metrics):
+            raise ValueError("a cell has metrics, or a reason why it is not applicable")
+        return self
 
 
 class Correlation(_Frozen):
     """How little the two "distance correlations" of the papers say: of rows and weights before and after the key."""
 
     what: Literal["rows", "weights"]
-    one_minus_pearson: float
+    one_minus_pearson: Finite
     """What the NDSS paper's figures call distance correlation, 1 - |Pearson| of flattened entries."""
-    distance_correlation: float
-    """Székely's dCor (Annals of Statistics 2007), unbiased on the sample that was taken."""
+    distance_correlation: Finite
+    """Székely's dCor (Annals of Statistics 2007) of entries one by one, as the papers look at them; unbiased on the
+    sample that was taken."""
+    distance_correlation_of_rows: Finite | None = None
+    """The same of whole rows. 1 where the key is orthogonal: it leaves every distance as it is."""
 
 
 class Subject(_Frozen):
@@ -127,24 +161,39 @@ class Report(_Frozen):
         return cls.model_validate_json(data)
 
     def summary(self) -> Leakage:
-        """What the signed manifest says of it."""
-        cells = tuple(
-            LeakageCell(
-                attack=cell.attack,
-                knowledge=cell.knowledge,
-                not_applicable=cell.not_applicable,
-                metrics={
-                    metric.name: metric.measured for metric in cell.metrics if isinstance(metric.measured, Interval)
-                },
-            )
-            for cell in self.cells
-        )
-        return Leakage(report_sha256=hashlib.sha256(self.to_json()).hexdigest(), seed=self.seed, cells=cells)
+        """What the signed manifest says of it: the figures of the JSON, digit for digit."""
+        data = self.to_json()
+        cells = tuple(_summarised(cell) for cell in self.from_json(data).cells)
+        return Leakage(report_sha256=hashlib.sha256(data).hexdigest(), seed=self.seed, cells=cells)
+
+
+def _summarised(cell: Cell) -> LeakageCell:
+    """Of several models with one figure, the most that any of them reaches."""
+    found: dict[str, list[Interval]] = {}
+    for metric in cell.metrics:
+        if isinstance(metric.measured, Interval) and metric.name in SUMMARISED:
+            found.setdefault(metric.name, []).append(metric.measured)
+    return LeakageCell.model_validate(
+        {
+            "attack": cell.attack,
+            "knowledge": cell.knowledge,
+            "not_applicable": cell.not_applicable,
+            "metrics": {name: _most(intervals) for name, intervals in found.items()},
+        }
+    )
+
+
+def _most(intervals: list[Interval]) -> Interval:
+    return Interval(
+        value=max(each.value for each in intervals),
+        low=max(each.low for each in intervals),
+        high=max(each.high for each in intervals),
+    )
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, DIGITS)
+        return round(value, DIGITS) + 0.0  # no negative zero
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     if isinstance(value, list):

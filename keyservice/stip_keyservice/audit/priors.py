@@ -1,0 +1,70 @@
+"""What one would guess anyway, without a look at the server: the mark beside every figure.
+
+Generous: the model's own prediction is made from the true text before each position, which nobody has who has not read
+it. An attack that does not beat it has shown nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stip_keyservice.audit.network import Network
+from stip_keyservice.audit.view import Floats, Ids
+
+FIRST = 10
+"""Guesses a position."""
+COMMONEST = "commonest token"
+OWN_PREDICTION = "own prediction"
+SURROGATE = "surrogate"
+RANDOM = "random guess"
+
+
+def next_logits(network: Network, ids: Ids) -> Floats:
+    """[n, V] of what a complete model thinks comes next after each of true ids [n]."""
+    with torch.inference_mode():
+        logits: Floats = network.model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    return logits
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """What somebody has who stole nothing: a complete model of their own, in the form of a stolen one."""
+
+    network: Network
+
+    def logits(self, ids: Ids) -> Floats:
+        """As `claims.Stolen`."""
+        return next_logits(self.network, ids)
+
+
+def commonest(texts: Sequence[Ids], vocabulary: int) -> Ids:
+    """[k] the ids that are most frequent in texts, the first first; of equals the smallest."""
+    counts = np.bincount(np.concatenate(texts), minlength=vocabulary)
+    return np.argsort(-counts, kind="stable")[:FIRST]
+
+
+def beginning(public_text: Sequence[Ids]) -> int | None:
+    """The id that every public text begins with, if there is one: no finding of anybody's."""
+    first = {int(text[0]) for text in public_text}
+    return first.pop() if len(first) == 1 else None
+
+
+def guesses(plain: Network, public_text: Sequence[Ids], texts: Sequence[Ids]) -> Mapping[str, Sequence[Ids]]:
+    """By the name of a prior, its guesses [n, k] at each text [n], the best first."""
+    vocabulary = int(plain.config["vocab_size"])
+    frequent = commonest(public_text, vocabulary)
+    opening = commonest([text[:1] for text in public_text], vocabulary)
+    return {
+        COMMONEST: [np.tile(frequent, (len(text), 1)) for text in texts],
+        OWN_PREDICTION: [np.vstack([opening, _predicted(plain, text)]) for text in texts],
+    }
+
+
+def _predicted(plain: Network, text: Ids) -> Ids:
+    """[n - 1, k] for every position but the first."""
+    order = np.argsort(-next_logits(plain, text)[:-1], axis=1, kind="stable")
+    return np.asarray(order[:, :FIRST], np.int64)
