@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from stip_keyservice.service.store import Store
 from stip_protocol import rpc
 from stip_protocol.documents import Signed
 from stip_protocol.keys.stream import derive
+from stip_protocol.leakage import REPORT_NAME, Leakage, LeakageCell
 from stip_protocol.lease import Lease
 from stip_protocol.manifest import ClientManifest, FileDigest, Manifest, file_digest
 from stip_protocol.release import (
@@ -48,6 +49,8 @@ from stip_protocol.secrets_file import PART_LABEL, InstanceSecrets, seal_secrets
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 from stip_stack.tee import SimulatedPlatform
+
+from .place import Place
 
 MEASUREMENT = hashlib.sha256(b"an enclave that the policy names").digest()
 START = int(time.time())
@@ -73,9 +76,17 @@ class MadeInstance:
 
 
 def make_instance(
-    folder: Path, home: Home, *, preset: str = "hardened", secrets_of: dict[str, Any] | None = None
+    folder: Path,
+    home: Home,
+    *,
+    preset: str = "hardened",
+    secrets_of: dict[str, Any] | None = None,
+    measured: Sequence[LeakageCell] | None = None,
 ) -> MadeInstance:
-    """A small instance directory in its real form, made with the home's own keys."""
+    """A small instance directory in its real form, made with the home's own keys.
+
+    `measured` is what an audit found; None: there was none.
+    """
     instance, root = secrets.token_hex(16), secrets.token_bytes(32)
     for part in ("server", "enclave", "client"):
         (folder / part).mkdir(parents=True)
@@ -113,6 +124,7 @@ def make_instance(
             "server": digests("server"),
             "enclave": digests("enclave"),
             "certificate": {"top1": 1.0, "sha256": hashlib.sha256(certificate).hexdigest()},
+            "leakage": None if measured is None else _audit(folder, measured),
         }
     )
     digest = manifest.write(folder / "manifest.json", home.developer)
@@ -120,6 +132,24 @@ def make_instance(
     sealed = seal_secrets(InstanceSecrets.model_validate(fields | (secrets_of or {})), home.sealing.public_key())
     (folder / "secrets.sealed").write_bytes(sealed)
     return MadeInstance(folder, instance, root, preset)
+
+
+def _audit(folder: Path, cells: Sequence[LeakageCell]) -> Leakage:
+    """What the manifest says of the report that lies beside it."""
+    report = b'{"cells": "in full"}\n'
+    (folder / REPORT_NAME).write_bytes(report)
+    return Leakage(report_sha256=hashlib.sha256(report).hexdigest(), seed=1, cells=tuple(cells))
+
+
+def cell(knowledge: str, attack: str, **upper: float) -> LeakageCell:
+    """A measured cell by the upper ends of its metrics; each was measured a tenth below."""
+    metrics = {name: {"value": 0.9 * high, "low": 0.8 * high, "high": high} for name, high in upper.items()}
+    return LeakageCell.model_validate({"knowledge": knowledge, "attack": attack, "metrics": metrics})
+
+
+def no_cell(knowledge: str, attack: str) -> LeakageCell:
+    """One that says not applicable."""
+    return LeakageCell(knowledge=knowledge, attack=attack, not_applicable="there is no public base")
 
 
 @dataclass
@@ -291,6 +321,11 @@ def policy_tables(platform: SimulatedPlatform) -> dict[str, Any]:
         "lease": {"seconds": 900, "tokens": 1000, "heartbeat_tokens": 64, "audience": "gateway.test"},
         "release": {"nonce_seconds": 60, "max_pending_nonces": 16},
     }
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place.made(tmp_path, MEASUREMENT)
 
 
 Serve = Callable[..., Any]

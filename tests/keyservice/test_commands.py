@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -33,78 +29,7 @@ from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 from stip_stack.tee import SimulatedPlatform
 
 from .conftest import MEASUREMENT, Enclave, Person, make_instance, refusal
-
-COMMAND = str(Path(sys.executable).with_name("stip-keyservice"))
-POLICY = """
-[evidence]
-mode = "development"
-measurements = ["{measurement}"]
-simulated_root_sha256 = "{root}"
-[lease]
-audience = "gateway.test"
-"""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A folder with a home and the configuration of a service that trusts a simulated TEE."""
-
-    folder: Path
-    platform: SimulatedPlatform
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "home"
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "keyservice.toml"
-
-    def call(self, *arguments: str, code: int = 0) -> Any:
-        """Run one command with `--json`; returns its document."""
-        done = subprocess.run(
-            [COMMAND, *arguments, "--home", str(self.home), "--json"], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return json.loads(done.stdout)
-
-    def call_here(self, *arguments: str, code: int = 0) -> Any:
-        """The same in this process, for tables of many calls."""
-        done = CliRunner().invoke(main, [*arguments, "--home", str(self.home), "--json"])
-        assert done.exit_code == code, done.output
-        return json.loads(done.stdout)
-
-    @contextmanager
-    def service(self) -> Iterator[tuple[dict[str, str], list[str]]]:
-        """A running service: what it announced, and its log lines once it is gone."""
-        process = subprocess.Popen(
-            [COMMAND, "serve", "--config", str(self.config)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        log: list[str] = []
-        try:
-            yield json.loads(process.stdout.readline()), log
-        finally:
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=30)
-            log += err.splitlines()
-            assert process.returncode == 0, out + err
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    platform = SimulatedPlatform.create(tmp_path / "tee")
-    (tmp_path / "root.der").write_bytes(platform.root_der)
-    text = POLICY.format(measurement=MEASUREMENT.hex(), root=platform.root_sha256.hex())
-    (tmp_path / "policy.toml").write_text(text)
-    (tmp_path / "keyservice.toml").write_text(
-        'home = "home"\npolicy = "policy.toml"\nsimulated_root = "root.der"\nsimulated = true\n'
-        "[serving]\nmetrics_snapshot_seconds = 0\n"
-    )
-    return Place(tmp_path, platform)
+from .place import Place, run
 
 
 class LiveEnclave(Enclave):
@@ -285,12 +210,6 @@ def test_a_broken_log_is_exit_code_one_and_a_mistyped_home_is_no_empty_log(place
     assert not elsewhere.home.exists()
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [COMMAND, *arguments], capture_output=True, text=True, timeout=60, env=os.environ | environment
-    )
-
-
 def test_policy_check_says_what_a_policy_accepts_and_refuses_a_bad_one(place: Place) -> None:
     good = run("policy", "check", str(place.folder / "policy.toml"), "--json")
     assert good.returncode == 0
@@ -330,9 +249,10 @@ from click.testing import CliRunner
 from stip_keyservice.cli import COMMANDS, main
 assert CliRunner().invoke(main, ["--help"]).exit_code == 0
 for name, lazy in COMMANDS.items():
-    if name not in ("protect", "verify-equivalence"):
+    if name not in ("protect", "verify-equivalence", "audit"):
         lazy.load()
-print([name for name in ("torch", "transformers", "stip_keyservice.protect") if name in sys.modules])
+offline = ("torch", "transformers", "stip_keyservice.protect", "stip_keyservice.audit")
+print([name for name in offline if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
