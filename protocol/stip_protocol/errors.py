@@ -26,6 +26,7 @@
     │   ├── DelegationRefused
     │   ├── UserRefused
     │   ├── InstanceRefused
+    │   ├── LeakageRefused            audit the instance, or change the policy
     │   └── BudgetSpent
     ├── LeaseError                    the gateway says no
     │   ├── LeaseMalformed
@@ -203,6 +204,11 @@ class UserRefused(ReleaseError):
 
 class InstanceRefused(ReleaseError):
     code = "instance_refused"
+
+
+class LeakageRefused(ReleaseError):
+    code = "leakage_refused"
+    action = Action.FIX_CONFIGURATION
 
 
 class BudgetSpent(ReleaseError):

@@ -18,6 +18,9 @@
     max_pending_nonces = 1024
     delegation_seconds = 86400      # the longest delegation accepted
 
+    [leakage]                       # see stip_keyservice.service.leakage
+    required = true
+
 There is no default for what evidence is accepted: a policy without `[evidence]` refuses to load, and so does
 one with a rule it does not know.
 """
@@ -30,10 +33,12 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from stip_keyservice.service.leakage import LeakagePolicy
 from stip_protocol import canonical
 from stip_protocol.attestation.policy import EvidencePolicy
 from stip_protocol.documents import explain
 from stip_protocol.errors import PolicyInvalid, VersionUnsupported
+from stip_protocol.leakage import Leakage
 from stip_protocol.release import DELEGATION_LIFE_LIMIT
 from stip_protocol.runtime.config import Settings
 
@@ -70,6 +75,8 @@ class Policy(Settings):
     evidence: EvidencePolicy
     lease: LeasePolicy = LeasePolicy()
     release: ReleasePolicy = ReleasePolicy()
+    leakage: LeakagePolicy | None = None
+    """None: instances are served whatever leaks, audited or not."""
 
     @field_validator("evidence", mode="before")
     @classmethod
@@ -95,17 +102,26 @@ class Policy(Settings):
         """True where a simulated TEE is trusted: nothing is protected."""
         return self.evidence.simulated_root_sha256 is not None
 
+    def require_measured(self, measured: Leakage | None, preset: str) -> None:
+        """Hold what an audit measured (None: nothing) against the maxima. Raises `LeakageRefused`."""
+        if self.leakage is not None:
+            self.leakage.require(measured, preset)
+
     def digest(self) -> bytes:
-        """SHA-256 of the policy's meaning: comments and order in the file do not count."""
-        return canonical.digest(
-            [
-                "stip/keyservice-policy",
-                list(self.version),
-                self.evidence.to_bytes(),
-                self.lease.model_dump(),
-                self.release.model_dump(),
-            ]
-        )
+        """SHA-256 of the policy's meaning: comments and order in the file do not count.
+
+        Without `[leakage]` it is what it was before there were maxima.
+        """
+        meaning = [
+            "stip/keyservice-policy",
+            list(self.version),
+            self.evidence.to_bytes(),
+            self.lease.model_dump(),
+            self.release.model_dump(),
+        ]
+        if self.leakage is not None:
+            meaning.append(self.leakage.model_dump())
+        return canonical.digest(meaning)
 
     @classmethod
     def load(cls, path: Path) -> Self:
