@@ -22,6 +22,7 @@ PLACEHOLDERS = {"<MRENCLAVE>": "ab" * 32, "<32 hex digits>": "cd" * 16}
 READERS: dict[str, Any] = {
     "keyservice.toml": lambda path: load(KeyServiceSettings, path),
     "policy.toml": Policy.load,
+    "audited-policy.toml": Policy.load,
     "server.toml": lambda path: load(ServerSettings, path),
     "gateway.toml": lambda path: load(GatewaySettings, path),
     "enclave.toml": lambda path: load(EnclaveSettings, path),

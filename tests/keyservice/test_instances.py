@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from stip_keyservice.home import Home
 from stip_keyservice.service import instances, users, vault
 from stip_keyservice.service.store import Store
-from stip_protocol.errors import InstanceRefused, IntegrityError, StipError
+from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch, StipError
+from stip_protocol.leakage import REPORT_LIMIT
+from stip_protocol.manifest import SIGNING
 from stip_protocol.release import Grant
 
-from .conftest import MadeInstance, make_instance
+from .conftest import MadeInstance, cell, make_instance
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def home(tmp_path: Path) -> Home:
 
 @pytest.fixture
 def made(tmp_path: Path, home: Home) -> MadeInstance:
-    return make_instance(tmp_path / "instance", home)
+    return make_instance(tmp_path / "instance", home, measured=[cell("server", "A", token_top1=0.1)])
 
 
 def inspect(directory: Path, home: Home) -> instances.Inspected:
@@ -66,6 +69,11 @@ DAMAGE: list[tuple[Callable[[Path], None], str, str]] = [
     (flip("client/manifest.json"), "a changed client manifest", "signature_invalid"),
     (remove("certificate.json"), "no certificate", "manifest_mismatch"),
     (flip("certificate.json"), "a changed certificate", "manifest_mismatch"),
+    (flip("leakage.json"), "a changed leakage report", "manifest_mismatch"),
+    (append("leakage.json"), "a longer leakage report", "manifest_mismatch"),
+    (remove("leakage.json"), "no leakage report where the manifest sums one up", "manifest_mismatch"),
+    (lambda directory: os.truncate(directory / "leakage.json", REPORT_LIMIT + 1), "a huge report", "manifest_mismatch"),
+    (lambda directory: (directory / SIGNING).mkdir(), "an interrupted signing", "manifest_mismatch"),
     (remove("secrets.sealed"), "no secrets", "manifest_mismatch"),
     (flip("secrets.sealed"), "changed secrets", "sealed_part_invalid"),
 ]
@@ -80,6 +88,17 @@ def test_refuses_an_instance_with(made: MadeInstance, home: Home, damage: Callab
     with pytest.raises(StipError) as caught:
         inspect(made.directory, home)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("lay", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_refuses_a_leakage_report_that_the_manifest_does_not_sum_up(
+    tmp_path: Path, home: Home, lay: Callable[[Path], None]
+) -> None:
+    made = make_instance(tmp_path / "instance", home)
+    inspect(made.directory, home)
+    lay(made.directory / "leakage.json")
+    with pytest.raises(ManifestMismatch, match=r"leakage\.json"):
+        inspect(made.directory, home)
 
 
 @pytest.mark.parametrize(

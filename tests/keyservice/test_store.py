@@ -15,13 +15,15 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from stip_keyservice.home import Home
-from stip_keyservice.service import budgets, users
+from stip_keyservice.service import budgets, instances, users
 from stip_keyservice.service.auditlog import verify
 from stip_keyservice.service.store import Store
 from stip_protocol import rpc
 from stip_protocol.errors import ConfigurationError, StipError, VersionUnsupported
 
-from .conftest import Serve
+from .conftest import Serve, cell, make_instance
+
+AUDITED = cell("server", "A", token_top1=0.1)
 
 
 async def test_concurrent_releases_at_the_end_of_a_budget_never_overspend(serve: Serve) -> None:
@@ -137,6 +139,41 @@ def test_a_schema_of_another_version_is_refused(tmp_path: Path, version: str) ->
     db.close()
     with pytest.raises(VersionUnsupported):
         Store(tmp_path / "state.db")
+
+
+def test_a_database_from_before_leakage_was_stored_goes_on_and_its_instances_count_as_not_audited(
+    tmp_path: Path,
+) -> None:
+    home = Home.open(tmp_path / "home")
+    made = [make_instance(tmp_path / name, home, measured=it) for name, it in (("old", None), ("new", [AUDITED]))]
+    before, after = (instances.inspect(one.directory, home.developer.public_key(), home.sealing) for one in made)
+    store = Store(home.database)
+    with store.write() as db:
+        users.add(db, "alice", bytes(32), budget=10, now=1)
+        instances.add(db, before, storage_key=home.storage_key, owner=None, now=1)
+        db.execute(text("DROP TABLE leakage_summaries"))
+    store.close()
+    store = Store(home.database)
+    with store.write() as db:
+        assert instances.by_id(db, made[0].id).leakage is None
+        instances.add(db, after, storage_key=home.storage_key, owner=users.by_name(db, "alice"), now=2)
+    store.close()
+    store = Store(home.database)  # and opening it once more loses nothing
+    with store.read() as db:
+        assert [one.leakage for one in instances.everything(db)] == [None, after.manifest.leakage]
+    store.close()
+
+
+def test_a_refused_database_is_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    Store(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE meta SET value = '2'")
+        db.execute("DROP TABLE leakage_summaries")
+    with pytest.raises(VersionUnsupported):
+        Store(path)
+    assert not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'leakage_summaries'").fetchall()
+    db.close()
 
 
 def test_another_programs_database_and_a_file_that_is_none_are_refused(tmp_path: Path) -> None:

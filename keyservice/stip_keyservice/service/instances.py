@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from pydantic import ValidationError
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 
 from stip_keyservice.service import vault
-from stip_keyservice.service.store import instances, members
+from stip_keyservice.service.store import instances, leakage_summaries, members
 from stip_keyservice.service.users import User
-from stip_protocol.errors import InstanceRefused, ManifestMismatch
-from stip_protocol.manifest import ClientManifest, Manifest, check_files
+from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch
+from stip_protocol.leakage import REPORT_LIMIT, REPORT_NAME, Leakage
+from stip_protocol.manifest import SIGNING, ClientManifest, Manifest, check_files
 from stip_protocol.release import Grant
 from stip_protocol.secrets_file import SECRETS_LIMIT, grant_of, open_secrets
 
@@ -45,6 +48,8 @@ class Instance:
     removed_at: int | None
     members: tuple[str, ...]
     """Ids of the users who may use it; of a dedicated one, its only user."""
+    leakage: Leakage | None
+    """What an audit measured, by the signed manifest; None where there was none."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,12 @@ class Inspected:
 def inspect(directory: Path, developer: Ed25519PublicKey, sealing: X25519PrivateKey) -> Inspected:
     """Check an instance directory whole, and open its secrets.
 
-    Raises `SignatureInvalid` (another developer), `ManifestMismatch` (files, certificate, client part or secrets
-    that differ from the signed manifest) or `SealedPartInvalid` (secrets for another key service).
+    Raises `SignatureInvalid` (another developer), `ManifestMismatch` (files, certificate, leakage report, client
+    part or secrets that differ from the signed manifest) or `SealedPartInvalid` (secrets for another key service).
     """
+    if (directory / SIGNING).exists():
+        again = "none: an audit was interrupted as it signed, run it again to go on"
+        raise ManifestMismatch.because("instance", f"a folder {SIGNING}", again)
     manifest, digest = Manifest.load(directory / "manifest.json", developer)
     client, _ = ClientManifest.load(directory / "client" / "manifest.json", developer)
     for part, files in (("server", manifest.server), ("enclave", manifest.enclave), ("client", client.files)):
@@ -68,6 +76,7 @@ def inspect(directory: Path, developer: Ed25519PublicKey, sealing: X25519Private
             raise ManifestMismatch.because(part, "no such folder", f"{len(files)} files")
         check_files(directory / part, files)
     _check_certificate(directory / "certificate.json", manifest)
+    _check_report(directory / REPORT_NAME, manifest)
     secrets = open_secrets(_read(directory / "secrets.sealed", SECRETS_LIMIT), sealing)
     for what, got, expected in (
         ("client instance", client.instance, manifest.instance),
@@ -104,6 +113,9 @@ def add(db: Connection, inspected: Inspected, *, storage_key: bytes, owner: User
             added_at=now,
         )
     )
+    if manifest.leakage is not None:
+        summary = manifest.leakage.model_dump_json().encode()
+        db.execute(insert(leakage_summaries).values(instance=manifest.instance, summary=summary))
     if owner is not None:
         db.execute(insert(members).values(instance=manifest.instance, user=owner.id))
     return by_id(db, manifest.instance)
@@ -150,7 +162,17 @@ def everything(db: Connection, *, removed: bool = False) -> Sequence[Instance]:
 
 def _instance(db: Connection, row: Row[tuple[object, ...]]) -> Instance:
     allowed = db.execute(select(members.c.user).where(members.c.instance == row.id).order_by(members.c.user))
-    return Instance(**row._mapping, members=tuple(allowed.scalars()))
+    return Instance(**row._mapping, members=tuple(allowed.scalars()), leakage=_leakage(db, row.id))
+
+
+def _leakage(db: Connection, instance: str) -> Leakage | None:
+    summary = db.execute(
+        select(leakage_summaries.c.summary).where(leakage_summaries.c.instance == instance)
+    ).scalar_one_or_none()
+    try:
+        return None if summary is None else Leakage.model_validate_json(summary)
+    except ValidationError:
+        raise IntegrityError(f"state: what was measured of instance {instance} is not readable") from None
 
 
 def _check_certificate(path: Path, manifest: Manifest) -> None:
@@ -159,6 +181,17 @@ def _check_certificate(path: Path, manifest: Manifest) -> None:
     found = hashlib.sha256(_read(path, CERTIFICATE_LIMIT)).hexdigest()
     if not hmac.compare_digest(found.encode(), signed.encode()):
         raise ManifestMismatch.because(f"{path.name} sha256", found, signed or "a digest in the signed manifest")
+
+
+def _check_report(path: Path, manifest: Manifest) -> None:
+    """The leakage report is there exactly where the manifest has its summary, and is the one that was summed up."""
+    if manifest.leakage is None:
+        if os.path.lexists(path):
+            raise ManifestMismatch.because(path.name, "a report", "none: the signed manifest says of no audit")
+        return
+    found = hashlib.sha256(_read(path, REPORT_LIMIT)).hexdigest()
+    if not hmac.compare_digest(found, manifest.leakage.report_sha256):
+        raise ManifestMismatch.because(f"{path.name} sha256", found, manifest.leakage.report_sha256)
 
 
 def _read(path: Path, limit: int) -> bytes:

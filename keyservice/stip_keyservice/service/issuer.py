@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from stip_keyservice.home import Home
@@ -21,7 +21,7 @@ from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.release import Applicant, Request
 from stip_keyservice.service.store import Store
 from stip_protocol.documents import Signed
-from stip_protocol.errors import FrameInvalid, InstanceRefused
+from stip_protocol.errors import FrameInvalid, InstanceRefused, LeakageRefused
 from stip_protocol.release import AuditHead, Bundle, Grant, Heartbeat, Renewal, open_heartbeat, seal, service_id
 from stip_protocol.telemetry import AUDIT_SEQUENCE, RELEASES, Telemetry
 
@@ -83,7 +83,8 @@ class Issuer:
     def release(self, request: Request) -> tuple[bytes, bytes]:
         """(sealed, signature) of a `Bundle` or a `Grant`.
 
-        Raises what `release` and `nonces` raise, and `BudgetSpent`. The claims' nonce is spent in any case.
+        Raises what `release` and `nonces` raise, `LeakageRefused` and `BudgetSpent`. The claims' nonce is spent in
+        any case.
         """
         claims = release.read_claims(request.claims)
         trail = Trail("release", self._now(), {"kind": claims.kind, "instance": claims.instance})
@@ -103,8 +104,8 @@ class Issuer:
     def renew(self, heartbeat: bytes, signature: bytes) -> bytes:
         """A signed `Renewal` for a heartbeat.
 
-        Raises `SignatureInvalid` (not the lease's link key), `UserRefused`, `InstanceRefused`, and what
-        `leases.find` and `leases.renew` raise.
+        Raises `SignatureInvalid` (not the lease's link key), `UserRefused`, `InstanceRefused`, `LeakageRefused`, and
+        what `leases.find` and `leases.renew` raise.
         """
         for name, data, limit in (("heartbeat", heartbeat, HEARTBEAT_LIMIT), ("signature", signature, SIGNATURE_LIMIT)):
             if len(data) > limit:
@@ -127,6 +128,13 @@ class Issuer:
         self._granted("renewal")
         return renewal
 
+    def refused_instances(self) -> Mapping[str, LeakageRefused]:
+        """Registered instances that the policy's leakage maxima refuse, by id, each with the rule it breaks."""
+        with self._store.read() as db:
+            registered = instances.everything(db)
+        refusals = ((instance.id, self._objection(instance)) for instance in registered)
+        return {instance: refusal for instance, refusal in refusals if refusal is not None}
+
     def _issue(self, applicant: Applicant, trail: Trail) -> _Issued:
         with self._store.write() as db:
             user = users.by_key(db, applicant.delegation.user)
@@ -135,6 +143,7 @@ class Issuer:
             user, instance = release.require_entitled(
                 applicant.claims, user, instances.find(db, applicant.claims.instance)
             )
+            self._policy.require_measured(instance.leakage, instance.preset)
             # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
             grant = self._grant(instance) if instance.kind == "dedicated" or applicant.claims.kind == "grant" else None
             record = None
@@ -181,12 +190,19 @@ class Issuer:
         key = read_link_key(record.link_key)
         return issue_link_certificate(self._home.link_ca, key, now=now, expires=record.expires)
 
-    @staticmethod
-    def _require_running(record: LeaseRecord, user: users.User, instance: Instance) -> None:
+    def _require_running(self, record: LeaseRecord, user: users.User, instance: Instance) -> None:
         release.require_present(user)
         if instance.removed_at is not None:
             raise InstanceRefused.because("lease instance", "one that was removed", "a registered instance")
         release.require_member(user, instance)
+        self._policy.require_measured(instance.leakage, instance.preset)
+
+    def _objection(self, instance: Instance) -> LeakageRefused | None:
+        try:
+            self._policy.require_measured(instance.leakage, instance.preset)
+        except LeakageRefused as refusal:
+            return refusal
+        return None
 
     def _granted(self, kind: str) -> None:
         self._telemetry.counter(RELEASES).labels(kind=kind).inc()

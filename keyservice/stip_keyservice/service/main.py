@@ -30,13 +30,16 @@ async def run(settings: KeyServiceSettings) -> None:
     tls = home.tls(settings.dns_name)
     telemetry = Telemetry("keyservice", simulated=settings.simulated)
     store = Store(home.database)
-    servicer = KeyServiceServicer(Issuer(home, store, policy, telemetry, root_der=root_der), settings.limits)
+    issuer = Issuer(home, store, policy, telemetry, root_der=root_der)
+    servicer = KeyServiceServicer(issuer, settings.limits)
 
     def register(server: grpc.aio.Server) -> None:
         keyservice_pb2_grpc.add_KeyServiceServicer_to_server(servicer, server)
 
     log.info("policy loaded", policy=policy.digest().hex(), mode=policy.evidence.mode)
     try:
+        for instance, refusal in issuer.refused_instances().items():
+            log.warning("the policy refuses an instance", instance=instance, code=refusal.code, reason=refusal.message)
         credentials = rpc.server_credentials(tls.chain, tls.private_key, client_ca=None)
         await serve(settings.serving, telemetry, credentials, register, servicer.drain)
     finally:

@@ -8,6 +8,7 @@ that the key service must hold is in this module, in the order it is tried:
 3. `examine`: the claims are made out to this service; the evidence is accepted and binds the claims; the
    delegation is signed by the key it names, not expired, and names this enclave key, measurement and instance.
 4. `require_entitled`: that key is a present user's, who may use the instance, which serves this kind.
+5. (the caller holds what an audit of the instance measured against the policy: `Policy.require_measured`)
 """
 
 from __future__ import annotations

@@ -85,6 +85,17 @@ members = Table(
     Column("user", ForeignKey("users.id"), primary_key=True),
 )
 
+leakage_summaries = Table(
+    "leakage_summaries",
+    metadata,
+    Column("instance", ForeignKey("instances.id"), primary_key=True),
+    Column("summary", LargeBinary, nullable=False),
+)
+"""What the signed manifest says an audit measured, as JSON; no row where the instance was not audited.
+
+A table of its own, because databases from before it go on: see `_prepare`.
+"""
+
 nonces = Table(
     "nonces",
     metadata,
@@ -212,10 +223,11 @@ def _engine(path: Path) -> Engine:
 def _prepare(db: Connection) -> None:
     names = inspect(db).get_table_names()
     if not names:
-        metadata.create_all(db)
+        meta.create(db)
         db.execute(insert(meta).values(key="schema_version", value=str(SCHEMA_VERSION)))
     found = None
     if not names or meta.name in names:
         found = db.execute(select(meta.c.value).where(meta.c.key == "schema_version")).scalar()
     if found != str(SCHEMA_VERSION):
         raise VersionUnsupported.because("state.db schema version", found or "none", SCHEMA_VERSION)
+    metadata.create_all(db)  # tables that were added within this version; programs from before them ignore them

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
 
 from stip_keyservice.service import instances, users
 from stip_keyservice.service.commands.room import home_option, json_option, moment, open_room, show, table
 from stip_keyservice.service.instances import Instance
+from stip_keyservice.service.leakage import worst
+from stip_keyservice.service.policy import Policy
+from stip_protocol.leakage import LeakageCell
 
 
 @click.group("instances")
@@ -21,28 +28,55 @@ def group() -> None:
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--dedicated-to", metavar="USER", help="Trust domain of one user: the grant travels in their bundle.")
 @click.option("--shared", is_flag=True, help="Trust domain of several users, who accept to be readable by each other.")
+@click.option(
+    "--policy",
+    "policy_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Refuse at once what this policy's leakage maxima would refuse at every release.",
+)
 @home_option
 @json_option
-def add(directory: Path, dedicated_to: str | None, shared: bool, home: Path | None) -> None:
+def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Path | None, home: Path | None) -> None:
     """Check an instance DIRECTORY made by `protect`, and keep what opens it.
 
     Refused unless the manifest is signed by this home's developer key, every file has its digest, the certificate
-    is there and secrets.sealed belongs to this very manifest. The directory is not needed afterwards.
+    is there, and so is the report of the audit that the manifest sums up, if it does, and secrets.sealed belongs to
+    this very manifest. The directory is not needed afterwards.
 
     Any member of a shared instance who colludes with the operator can read the others. Choose --dedicated-to where
     users do not trust each other.
     """
     if shared == (dedicated_to is not None):
         raise click.UsageError("Say who the instance is for: either --dedicated-to USER or --shared.")
+    policy = None if policy_file is None else Policy.load(policy_file)
     with open_room(home, create=True) as room, room.decision("instance_added") as trail:
         inspected = instances.inspect(directory, room.home.developer.public_key(), room.home.sealing)
-        trail.subject["instance"] = inspected.manifest.instance
+        manifest = inspected.manifest
+        trail.subject["instance"] = manifest.instance
+        if policy is not None:
+            policy.require_measured(manifest.leakage, manifest.preset)
         with room.store.write() as db:
             owner = None if dedicated_to is None else users.by_name(db, dedicated_to)
             trail.subject["kind"] = "shared" if owner is None else "dedicated"
             instance = instances.add(db, inspected, storage_key=room.home.storage_key, owner=owner, now=trail.now)
             room.audit.append(db, trail)
+    if policy is None:
+        audited = "not audited" if instance.leakage is None else "audited"
+        click.echo(f"The instance is {audited}. Whether that will do, the policy decides at release.", err=True)
     _show_one(instance)
+
+
+@group.command("show")
+@click.argument("instance")
+@home_option
+@json_option
+def show_instance(instance: str, home: Path | None) -> None:
+    """One INSTANCE, removed or not, and what an audit measured of it."""
+    with open_room(home) as room, room.store.read() as db:
+        found = instances.by_id(db, instance)
+    cells = [] if found.leakage is None else [cell.model_dump(mode="json") for cell in found.leakage.cells]
+    show(_document(found) | {"cells": cells}, lambda: Group(_table([found]), "", _cells(found)))
 
 
 @group.command("remove")
@@ -85,6 +119,19 @@ def _document(instance: Instance) -> dict[str, Any]:
         "members": list(instance.members),
         "added_at": moment(instance.added_at),
         "removed_at": moment(instance.removed_at),
+        "leakage": _leakage(instance),
+    }
+
+
+def _leakage(instance: Instance) -> dict[str, Any] | None:
+    """None: not audited. A row without a figure: no attack is applicable there."""
+    if instance.leakage is None:
+        return None
+    rows = worst(instance.leakage)
+    return {
+        "report_sha256": instance.leakage.report_sha256,
+        "seed": instance.leakage.seed,
+        "worst": {knowledge: None if found is None else vars(found) for knowledge, found in rows.items()},
     }
 
 
@@ -92,7 +139,7 @@ def _show_one(instance: Instance) -> None:
     show(_document(instance), lambda: _table([instance]))
 
 
-def _table(found: list[Instance]) -> object:
+def _table(found: list[Instance]) -> Table | str:
     rows = (
         (
             instance.id,
@@ -103,8 +150,40 @@ def _table(found: list[Instance]) -> object:
             f"removed {moment(instance.removed_at)}"
             if instance.removed_at is not None
             else f"since {moment(instance.added_at)}",
+            _worst(instance),
         )
         for instance in found
     )
-    columns = ("instance", "epoch", "preset", "kind", "users", "state")
+    columns = ("instance", "epoch", "preset", "kind", "users", "state", "leaks at most")
     return table(columns, rows, empty="No instances. Add one with `stip-keyservice instances add`.")
+
+
+def _worst(instance: Instance) -> str:
+    if instance.leakage is None:
+        return "not audited"
+    rows = worst(instance.leakage).items()
+    return ", ".join(f"{knowledge} {'-' if found is None else _upper(found.upper)}" for knowledge, found in rows)
+
+
+def _cells(instance: Instance) -> Table | str:
+    measured = () if instance.leakage is None else instance.leakage.cells
+    columns = ("knowledge", "attack", "metric", "measured", "95 % interval")
+    return table(columns, (row for cell in measured for row in _figures(cell)), empty="Not audited.")
+
+
+def _figures(cell: LeakageCell) -> list[tuple[str, ...]]:
+    if cell.not_applicable is not None:
+        return [(cell.knowledge, cell.attack, "not applicable", "", escape(cell.not_applicable))]
+    return [
+        (cell.knowledge, cell.attack, metric, _nearest(found.value), f"{_nearest(found.low)} to {_upper(found.high)}")
+        for metric, found in cell.metrics.items()
+    ]
+
+
+def _nearest(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _upper(share: float) -> str:
+    """Rounded up to one decimal: a bound is never shown lower than it is."""
+    return f"{ceil(round(share * 1000, 6)) / 10:.1f} %"

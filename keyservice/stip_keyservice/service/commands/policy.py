@@ -13,7 +13,7 @@ from stip_keyservice.service.policy import Policy
 
 @click.group("policy")
 def group() -> None:
-    """Which enclaves get keys."""
+    """Which enclaves get keys, and of which instances."""
 
 
 @group.command("check")
@@ -26,11 +26,13 @@ def check(file: Path) -> None:
     """
     policy = Policy.load(file)
     document = _document(policy)
-    show(document, lambda: table(("rule", "value"), document.items(), empty=""))
+    maxima = [] if policy.leakage is None else [maximum.words() for maximum in policy.leakage.maxima]
+    rows = [*(document | {"leakage_maxima": "; ".join(maxima) or "none"}).items()]
+    show(document, lambda: table(("rule", "value"), rows, empty=""))
 
 
 def _document(policy: Policy) -> dict[str, Any]:
-    evidence, lease, release = policy.evidence, policy.lease, policy.release
+    evidence, lease, release, leakage = policy.evidence, policy.lease, policy.release, policy.leakage
     return {
         "digest": policy.digest().hex(),
         "mode": evidence.mode,
@@ -45,4 +47,6 @@ def _document(policy: Policy) -> dict[str, Any]:
         "nonce_seconds": release.nonce_seconds,
         "max_pending_nonces": release.max_pending_nonces,
         "delegation_seconds": release.delegation_seconds,
+        "leakage_required": leakage is not None and leakage.required,
+        "leakage_maxima": [] if leakage is None else [maximum.model_dump(mode="json") for maximum in leakage.maxima],
     }
