@@ -47,6 +47,8 @@ class Claims:
     """[d, d] estimate of K, where a keyed row is K·x. For a sibling: K of this instance over K of the other."""
     relative: bool = False
     """Whether `residual` is relative to a sibling's key."""
+    unordered: bool = False
+    """Whether columns of `residual` are K's in any order and sign: axes, which is all that some attacks can tell."""
     stolen: Sequence[tuple[str, Stolen]] = ()
     """Models by name."""
     points: Sequence[Point] = ()
