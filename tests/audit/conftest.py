@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stip_keyservice.audit import corpus, truth
+from stip_keyservice.audit import corpus, matrix, truth
+from stip_keyservice.audit.knowledge import KNOWLEDGE, Grant
+from stip_keyservice.audit.material import Material, Twin
 from stip_keyservice.audit.network import Network
 from stip_keyservice.audit.traffic import observe
 from stip_keyservice.audit.truth import Truth
-from stip_keyservice.audit.view import Accomplice, Entry, Ids, Labelled, Seen, Sibling, View
+from stip_keyservice.audit.view import Accomplice, Entry, Ids, Labelled, NotApplicable, View
+from stip_keyservice.audit.words import numbered
 from stip_keyservice.home import Home
 from stip_keyservice.protect.instance import protect
 
@@ -36,6 +38,7 @@ class Ground:
     victims: list[Ids]
     helped: list[Ids]
     public: list[Ids]
+    held_out: list[Ids]
     surrogate: Network
     _truths: dict[tuple[str, int], Truth] = field(default_factory=dict)
 
@@ -63,46 +66,35 @@ class Ground:
         noise = np.random.default_rng(SEED).normal(0, drift * rows.std(), rows.shape)
         return Entry((rows + noise).astype(np.float32), None, drift)
 
-    def view(self, preset: str, knowledge: str = "server") -> View:
-        """What an attacker of that row of the matrix holds."""
-        known = self.truth(preset)
-        view = View(
-            preset=preset,
-            server=known.server,
-            victims=[each.seen for each in self.labelled(preset, self.victims)],
+    def material(self, preset: str, knowledge: str = "server") -> Material:
+        """What an audit of that row of the matrix works with; made only as far as the row needs it."""
+        grants = KNOWLEDGE[knowledge].grants
+        return Material(
+            truth=self.truth(preset),
+            victims=self.labelled(preset, self.victims),
             public_text=self.public,
-            vocabulary=known.manifest.vocabulary,
-            seed=SEED,
-            entry=Entry(self.surrogate.embedding, None, float("inf")),
+            held_out=self.held_out,
             surrogate=self.surrogate,
+            seed=SEED,
+            words=numbered,
+            accomplice=self.labelled(preset, self.helped) if Grant.ACCOMPLICE in grants else (),
+            base=self.plain if Grant.BASE in grants else None,
+            twin=self.twin(preset) if Grant.SIBLING in grants else None,
         )
-        grants: dict[str, Callable[[], View]] = {
-            "server": lambda: view,
-            "drifted": lambda: replace(view, entry=self.drifted(0.1)),
-            "table": lambda: replace(view, entry=known.entry),
-            "base": lambda: replace(view, entry=known.entry, base=self.plain),
-            "accomplice": lambda: replace(view, accomplice=self.accomplice(preset)),
-            "sibling": lambda: replace(
-                view, sibling=Sibling(self.truth(preset, 1).server, self.labelled(preset, self.helped, 1))
-            ),
-        }
-        return grants[knowledge]()
+
+    def twin(self, preset: str) -> Twin:
+        return Twin(self.truth(preset, 1), self.labelled(preset, self.helped, 1))
+
+    def view(self, preset: str, knowledge: str = "server") -> View:
+        """What an attacker of that row of the matrix holds. Raises `NotApplicable` where there is none."""
+        view = matrix.views(self.material(preset, knowledge), [knowledge])[knowledge]
+        if isinstance(view, NotApplicable):
+            raise view
+        return view
 
     def accomplice(self, preset: str) -> Accomplice:
         """A user whose enclave decodes the server's answers honestly, greedily."""
-        known = self.truth(preset)
-
-        def decode(seen: Seen) -> Ids:
-            if known.head is not None:
-                assert seen.hidden is not None
-                return np.asarray((seen.hidden @ known.head.T).argmax(axis=1), np.int64)
-            assert known.vocabulary is not None
-            if seen.top is not None:
-                return known.vocabulary[seen.top.indices[:, 0]]
-            assert seen.ids is not None
-            return known.vocabulary[seen.ids[seen.asked[1:]]]
-
-        return Accomplice(self.labelled(preset, self.helped), decode)
+        return Accomplice(self.labelled(preset, self.helped), matrix.decoder(self.truth(preset)))
 
 
 @pytest.fixture(scope="session")
@@ -126,5 +118,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
         victims=texts[:8],
         helped=texts[8:40],
         public=texts[40:],
+        held_out=corpus.sample(plain, sessions=4, length=LENGTH, seed=SEED + 1),
         surrogate=Network(folder / "surrogate"),
     )

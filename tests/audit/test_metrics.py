@@ -112,6 +112,21 @@ def test_what_a_claim_says_of_a_direction_that_the_key_drops_does_not_count() ->
     assert metrics.cosines(key + rubbish, key).tolist() == pytest.approx([1.0] * 16)
 
 
+def test_axes_are_put_in_the_order_of_the_true_ones_whatever_their_order_and_signs() -> None:
+    key, generator = orthogonal(24), np.random.default_rng(8)
+    shuffled = key[:, generator.permutation(24)] * generator.choice([-1.0, 1.0], 24)
+    assert metrics.cosines(shuffled, key).mean() < 0.5
+    assert metrics.cosines(metrics.axes_in_order(shuffled, key), key).tolist() == pytest.approx([1.0] * 24)
+
+
+def test_each_claimed_axis_stands_for_one_true_axis_at_most() -> None:
+    key = orthogonal(12)
+    same = np.tile(key[:, :1], 12)  # right once, and rubbish eleven times
+    found = metrics.cosines(metrics.axes_in_order(same, key), key)
+    assert (found > 0.5).sum() == 1
+    assert not metrics.axes_in_order(np.zeros((12, 12)), key).any()
+
+
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_the_cosine_of_random_directions_is_the_textbooks(width: int) -> None:
     assert metrics.random_cosine(width) == pytest.approx([1, 2 / np.pi, 1 / 2][width - 1])

@@ -91,6 +91,20 @@ def cosines(claimed: Matrix, true: Matrix) -> Vector:
     return np.asarray(np.minimum(1.0, found))
 
 
+def axes_in_order(claimed: Matrix, true: Matrix) -> Matrix:
+    """[d, d] the claimed columns, each at the place of a true one: pairs are taken by |cosine|, the largest first, each
+    column once. For claims that know a key's axes but not which is which."""
+    lengths = np.linalg.norm(claimed, axis=0)[:, None] * np.linalg.norm(true, axis=0)
+    alike = np.abs(claimed.T @ true) / np.where(lengths > 0, lengths, np.inf)
+    ordered = np.zeros_like(claimed)
+    while alike.max() > 0:
+        best = alike.argmax(axis=1)
+        mutual = np.flatnonzero((alike.argmax(axis=0)[best] == np.arange(len(best))) & (alike.max(axis=1) > 0))
+        ordered[:, best[mutual]] = claimed[:, mutual]
+        alike[:, best[mutual]] = alike[mutual] = 0.0
+    return ordered
+
+
 def random_cosine(width: int) -> float:
     """Expected |cosine| of two independent directions of d dimensions: Γ(d/2) / (√π·Γ((d + 1)/2)), from the first
     coordinate of a uniform point on the sphere, whose square is Beta(1/2, (d - 1)/2)."""

@@ -140,7 +140,7 @@ class Judge:
         if claims.vocabulary is not None:
             yield self._vocabulary_found(claims.vocabulary)
         if claims.residual is not None:
-            yield _residual_found(claims.residual, self._relative if claims.relative else self._material.truth.residual)
+            yield self._residual_found(claims)
 
     def _vocabulary_found(self, claimed: Ids) -> Metric:
         true = self._material.truth.vocabulary
@@ -150,6 +150,29 @@ class Judge:
             raise ClaimInvalid(f"claims: vocabulary of {claimed.shape}, not {true.shape}")
         measured = wilson(int((claimed == true).sum()), len(true))
         return _beside("vocabulary_recovered", measured, {priors.RANDOM: exact(1 / len(true))}, len(true))
+
+    def _residual_found(self, claims: Claims) -> Metric:
+        claimed, true = claims.residual, self._relative if claims.relative else self._material.truth.residual
+        assert claimed is not None
+        width = len(true)
+        if claimed.shape != true.shape or not np.isfinite(claimed).all():
+            raise ClaimInvalid(f"claims: residual of {claimed.shape}, not finite numbers of {true.shape}")
+        if metrics.is_permutation(true):
+            if claims.unordered:
+                raise ClaimInvalid("claims: the axes of a permutation, which everybody knows")
+            measured = wilson(int(metrics.permutation_found(claimed, true).sum()), width)
+            return _beside("residual_permutation", measured, {priors.RANDOM: exact(1 / width)}, width)
+        prior = exact(metrics.random_cosine(width))
+        if claims.unordered:
+            claimed, prior = metrics.axes_in_order(claimed, true), self._random_axes(true)
+        measured = wilson(float(metrics.cosines(claimed, true).sum()), width)
+        return _beside("residual_cosine", measured, {priors.RANDOM: prior}, width)
+
+    def _random_axes(self, true: NDArray[np.float64]) -> Interval:
+        """What the axes of one random key come to, put in order as kindly as claimed ones."""
+        generator, width = np.random.default_rng([self._material.seed, *b"axes"]), len(true)
+        drawn = np.linalg.qr(generator.normal(size=(width, width)))[0]
+        return wilson(float(metrics.cosines(metrics.axes_in_order(drawn, true), true).sum()), width)
 
     @property
     def _relative(self) -> NDArray[np.float64]:
@@ -205,17 +228,6 @@ class Judge:
     def _plain_best(self) -> list[Ids]:
         plain = self._material.truth.plain
         return [priors.next_logits(plain, text[:-1]).argmax(axis=1) for text in self._material.held_out]
-
-
-def _residual_found(claimed: NDArray[np.float64], true: NDArray[np.float64]) -> Metric:
-    if claimed.shape != true.shape or not np.isfinite(claimed).all():
-        raise ClaimInvalid(f"claims: residual of {claimed.shape}, not finite numbers of {true.shape}")
-    width = len(true)
-    if metrics.is_permutation(true):
-        measured = wilson(int(metrics.permutation_found(claimed, true).sum()), width)
-        return _beside("residual_permutation", measured, {priors.RANDOM: exact(1 / width)}, width)
-    measured = wilson(float(metrics.cosines(claimed, true).sum()), width)
-    return _beside("residual_cosine", measured, {priors.RANDOM: exact(metrics.random_cosine(width))}, width)
 
 
 def _sums(sessions: Sequence[NDArray[np.bool_]] | Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
