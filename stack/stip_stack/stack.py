@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,8 @@ class Stack:
             profile = stack.enrol("demo", instance)
 
     `environment` is added to every process's. Model servers are called `server-I-R`: replica R of the instance I, as
-    they are given to `start`; the other processes `keyservice`, `gateway`, `enclave` and, where there is one, `delay`.
+    they are given to `start`; the other processes `keyservice`, `gateway`, `enclave` and, where there are any, `delay`
+    and `recorder-server-I-R`.
     A part that was killed as a crash would (`stack.processes[name].kill()`) comes back with `restart`.
     """
 
@@ -84,12 +85,14 @@ class Stack:
         replicas: int = 1,
         launches: Mapping[str, Launch] | None = None,
         link_delay_ms: float | None = None,
+        recorded: Collection[str] = (),
     ) -> None:
         """Start everything for the instances given; each gets `replicas` model servers and is `shared`.
 
         `engine` is the `[engine]` table of every server, `launches` says by name which differ; `limits` is the
         enclave's table of that name. With `link_delay_ms`, enclave and gateway meet in a proxy that delays by so much
-        one way, until `delay_link` says otherwise. A stack that was stopped may start again, also for other instances.
+        one way, until `delay_link` says otherwise. Before each server whose name is `recorded` stands a process that
+        keeps what the server sees (`tape`). A stack that was stopped may start again, also for other instances.
         """
         workspace = self.workspace
         if running := [name for name, process in self.processes.items() if process.running]:
@@ -99,6 +102,8 @@ class Stack:
         launches = {name: Launch() for name in servers} | dict(launches or {})
         if unknown := launches.keys() - servers.keys():
             raise ConfigurationError.because("launches", ", ".join(sorted(unknown)), ", ".join(servers))
+        if unknown := set(recorded) - servers.keys():
+            raise ConfigurationError.because("recorded", ", ".join(sorted(unknown)), ", ".join(servers))
         config = workspace.keyservice(policy=policy)
         keyservice = self._begin("keyservice", [str(BIN / "stip-keyservice"), "serve", "--config", str(config)])
         for each in published:
@@ -114,7 +119,9 @@ class Stack:
         keyservice.wait_until_listening()
         for process in started:
             process.wait_until_listening(launches[process.name].seconds)
-        routes = {process.name: (process.address, servers[process.name]) for process in started}
+        addresses = {process.name: process.address for process in started}
+        addresses |= {name: self._recorded(name, addresses[name]) for name in recorded}
+        routes = {name: (address, servers[name]) for name, address in addresses.items()}
         config = workspace.gateway(routes)
         gateway = self._begin("gateway", [str(BIN / "stip-gateway"), "serve", "--config", str(config)])
         gateway.wait_until_listening()
@@ -132,6 +139,10 @@ class Stack:
         if self._dial is None:
             raise ConfigurationError("link delay: this stack was started without link_delay_ms")
         self._dial.seconds = milliseconds / 1e3
+
+    def tape(self, name: str) -> Path:
+        """What was kept of a server that is `recorded` (`stip_stack.tape`)."""
+        return self.workspace.path / f"{name}.tape"
 
     def enrol(self, user: str, published: Published, *more: Published, budget: int = 1_000_000) -> Path:
         """A user with a fresh key, a budget and access to the instances; returns their profile for the first."""
@@ -186,6 +197,15 @@ class Stack:
         self._dial = Dial(path, seconds=milliseconds / 1e3)
         argv = [sys.executable, "-m", "stip_stack.delay", "--target", target, "--dial", str(path)]
         process = self._begin("delay", argv)
+        process.wait_until_listening()
+        return process.address
+
+    def _recorded(self, name: str, server: str) -> str:
+        """The address of a recorder before a server."""
+        config = self.workspace.recorder(f"recorder-{name}", server=server, tape=self.tape(name))
+        process = self._begin(
+            f"recorder-{name}", [sys.executable, "-m", "stip_stack.recording", "--config", str(config)]
+        )
         process.wait_until_listening()
         return process.address
 

@@ -112,6 +112,22 @@ class Workspace:
             },
         )
 
+    def recorder(self, name: str, *, server: str, tape: Path) -> Path:
+        """`<name>.toml` of a process that stands before the server at an address and writes `tape`."""
+        certificate, key = self.identity(name).write(self.operator, name)
+        return self.write(
+            f"{name}.toml",
+            {
+                "serving": self._serving(),
+                "server": server,
+                "certificate": str(certificate),
+                "private_key": str(key),
+                "ca": str(self.operator / "ca.pem"),
+                "tape": str(tape),
+                "simulated": True,
+            },
+        )
+
     def gateway(self, replicas: Mapping[str, tuple[str, Published]]) -> Path:
         """`gateway.toml` for replicas given as name: (address, instance)."""
         certificate, key = self.identity("gateway").write(self.operator, "gateway")
