@@ -50,7 +50,11 @@ def read(directory: Path, model: Path, home: Home) -> Truth:
 
     Raises as `open_instance`, and `ArchitectureUnsupported` where the residual's key is none of one matrix.
     """
-    opened = open_instance(directory, model, home)
+    return of(open_instance(directory, model, home))
+
+
+def of(opened: OpenedInstance) -> Truth:
+    """The truth about an instance that is open. Raises `ArchitectureUnsupported` as `read`."""
     planned, manifest = opened.planned, opened.manifest
     key = planned.keys[planned.architecture.entry]
     if not isinstance(key, Key):
@@ -59,7 +63,7 @@ def read(directory: Path, model: Path, home: Home) -> Truth:
     order = None
     if opened.files.vocabulary_seed is not None:
         order = vocabulary_key(opened.files.vocabulary_seed, manifest.vocabulary).index.astype(np.int64)
-    entry, server = _plain_entry(opened), Network(directory / "server")
+    entry, server = _plain_entry(opened), Network(opened.files.directory / "server")
     holds_tables = any(output.name == EMBEDDING for output in planned.enclave)
     if holds_tables:
         keyed = Entry(_tensor(opened.files, EMBEDDING), _optional(opened.files, planned, POSITIONS), 0.0)
@@ -68,7 +72,7 @@ def read(directory: Path, model: Path, home: Home) -> Truth:
         keyed = Entry(server.embedding[np.argsort(order)], None, 0.0)
     return Truth(
         manifest,
-        Network(model),
+        Network(opened.source.directory),
         server,
         entry,
         keyed,
