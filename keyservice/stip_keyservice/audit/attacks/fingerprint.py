@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stip_keyservice.audit.attacks import Attack
-from stip_keyservice.audit.attacks.decoding import ROUNDING, Reading, drifts, noise, read
+from stip_keyservice.audit.attacks.decoding import ROUNDING, drifts, noise, read
 from stip_keyservice.audit.attacks.matching import Alignment, Doubles, nearest, signed_permutation
 from stip_keyservice.audit.attacks.public_text import GUESSES, PublicText
 from stip_keyservice.audit.attacks.sightings import Sightings
@@ -21,7 +21,7 @@ from stip_keyservice.audit.claims import Claims
 from stip_keyservice.audit.view import View
 
 SAMPLE = 256
-"""Rows of the table from which the threshold is calibrated."""
+"""Rows of the table from which the threshold is calibrated, and distinct rows by which a key is sought."""
 SIGNATURES: tuple[Callable[[Doubles], Doubles], ...] = (
     lambda rows: np.sort(rows, axis=1),
     lambda rows: np.sort(np.abs(rows), axis=1),
@@ -31,10 +31,10 @@ SIGNATURES: tuple[Callable[[Doubles], Doubles], ...] = (
 
 @dataclass(frozen=True)
 class _Found:
-    key: Doubles
-    reading: Reading
+    alignment: Alignment
+    drift: float
     matched: float
-    """Share of distinct rows matched by their fingerprint alone."""
+    """Share of the sampled rows matched by their fingerprint alone."""
 
 
 def _threshold(view: View, table: Doubles, signature: Callable[[Doubles], Doubles], drift: float) -> float:
@@ -47,7 +47,7 @@ def _threshold(view: View, table: Doubles, signature: Callable[[Doubles], Double
 
 
 def _attempt(view: View, sightings: Sightings, signature: Callable[[Doubles], Doubles], drift: float) -> _Found | None:
-    """Match fingerprints, take the permutation from the matches and read all rows by it."""
+    """Match fingerprints, take the permutation from the matches; None where it does not explain the rows."""
     plain, keyed = [], []
     for position, rows in sightings.places(view):
         table, targets = sightings.table(view, position), sightings.rows[rows].astype(np.float64)
@@ -59,15 +59,18 @@ def _attempt(view: View, sightings: Sightings, signature: Callable[[Doubles], Do
     if not len(matched):
         return None
     key = signed_permutation(matched, np.concatenate(keyed))
-    reading = read(view, sightings, Alignment(np.eye(len(key)), key, key), drift)
-    return _Found(key, reading, len(matched) / len(sightings.rows)) if reading.believed else None
+    alignment = Alignment(np.eye(len(key)), key, key)
+    if not read(view, sightings, alignment, drift).believed:
+        return None
+    return _Found(alignment, drift, len(matched) / len(sightings.rows))
 
 
 def run(view: View) -> Claims:
     """Tokens and the residual permutation; where no fingerprint fits, the commonest tokens."""
     public, sightings = PublicText.of(view), Sightings.of(view)
+    sample = sightings.sample(view.generator("fingerprint rows"), SAMPLE)
     attempts = (
-        _attempt(view, sightings, signature, drift)
+        _attempt(view, sample, signature, drift)
         for drift in drifts(view.entry, sightings.rows.shape[1])
         for signature in SIGNATURES
     )
@@ -79,11 +82,11 @@ def run(view: View) -> Claims:
             vocabulary=sightings.vocabulary(view, nothing, np.zeros(0, np.int64)),
             figures={"rows matched": 0.0},
         )
-    reading = found.reading
+    reading = read(view, sightings, found.alignment, found.drift)
     return Claims(
         tokens=sightings.tokens(reading.guesses),
         vocabulary=sightings.vocabulary(view, reading.guesses, np.flatnonzero(reading.explained)),
-        residual=found.key,
+        residual=found.alignment.key,
         figures={"rows matched": found.matched},
     )
 

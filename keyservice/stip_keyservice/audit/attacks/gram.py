@@ -30,6 +30,8 @@ ROUNDING = 1e-6
 """What a float32 row's length and inner products may be off, over the lengths."""
 ROUNDS = 4
 """Times that the key is taken anew from the rows it explains."""
+SAMPLE = 3
+"""Distinct rows by which the key is sought, over the dimensions: three for each."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ class _Measure:
 
 def _candidates(view: View, sightings: Sightings, measure: _Measure, anchor: _Candidates | None) -> list[_Candidates]:
     """Of a sample of rows, those with the fewest candidates first."""
-    rows = view.generator("gram").permutation(len(sightings.rows))[:ROWS]
+    rows = view.generator("gram order").permutation(len(sightings.rows))[:ROWS]
     found = []
     for row in rows:
-        if anchor is not None and row == anchor.row:
-            continue
         keyed, table = sightings.rows[row].astype(np.float64), sightings.table(view, int(sightings.positions[row]))
         deviations = measure.lengths(keyed, table)
         near = np.abs(deviations) <= LIMIT
         if anchor is not None:
+            if (keyed == anchor.keyed).all():
+                continue
             seen = float(keyed @ anchor.keyed)
             near &= np.abs(measure.products(seen, keyed, anchor.keyed, table @ anchor.plain[0])) <= LIMIT
         tokens = np.flatnonzero(near)
@@ -135,7 +137,7 @@ def _refined(view: View, sightings: Sightings, alignment: Alignment, drift: floa
 def _anchor(view: View, sightings: Sightings, public: PublicText) -> _Candidates | None:
     """The row that every session begins with, where everybody knows which token texts begin with."""
     row, token = sightings.beginning, public.first
-    if row is None or token is None:
+    if row is None or token is None or view.entry.rows.shape[1] != sightings.rows.shape[1]:
         return None
     table = sightings.table(view, int(sightings.positions[row]))
     return _Candidates(row, sightings.rows[row].astype(np.float64), np.array([token]), table[[token]], np.zeros(1))
@@ -144,15 +146,16 @@ def _anchor(view: View, sightings: Sightings, public: PublicText) -> _Candidates
 def _solve(view: View, sightings: Sightings, anchor: _Candidates | None) -> tuple[Alignment, Reading] | None:
     """The key and what it reads; None where no hypothesis explains the rows."""
     width = sightings.rows.shape[1]
+    sample = sightings.sample(view.generator("gram rows"), SAMPLE * width)
     for drift in drifts(view.entry, width):
         measure = _Measure(noise(view.entry, drift), width)
-        fixed = _search(_candidates(view, sightings, measure, anchor), measure, anchor)
+        fixed = _search(_candidates(view, sample, measure, anchor), measure, anchor)
         if len(fixed) > 1:
             plain = np.stack([each.plain[pick] for each, pick in fixed])
             alignment = align(plain, np.stack([each.keyed for each, _ in fixed]))
-            alignment, reading = _refined(view, sightings, alignment, drift)
+            alignment, reading = _refined(view, sample, alignment, drift)
             if reading.believed:
-                return alignment, reading
+                return alignment, read(view, sightings, alignment, drift)
     return None
 
 
@@ -167,40 +170,40 @@ def _by_length(view: View, sightings: Sightings) -> Ids:
     return guesses
 
 
-def _nothing(view: View, sightings: Sightings, anchor: _Candidates | None, public: PublicText) -> Ids:
-    """[m, k] the commonest tokens, and the one that is known."""
+def _nothing(sightings: Sightings, public: PublicText) -> Ids:
+    """[m, k] the commonest tokens, and the one that everybody knows."""
     guesses = np.tile(public.commonest(), (len(sightings.rows), 1))
-    if anchor is not None:
-        rest = public.commonest(without=anchor.tokens)[: guesses.shape[1] - 1]
-        guesses[anchor.row, : 1 + len(rest)] = np.concatenate([anchor.tokens, rest])
+    if sightings.beginning is not None and public.first is not None:
+        first = np.array([public.first])
+        rest = public.commonest(without=first)[: guesses.shape[1] - 1]
+        guesses[sightings.beginning, : 1 + len(rest)] = np.concatenate([first, rest])
     return guesses
 
 
 def run(view: View) -> Claims:
     """Tokens and the residual's key. The curves show lengths alone, and what is read without the known first token."""
     public, sightings = PublicText.of(view), Sightings.of(view)
-    anchor = _anchor(view, sightings, public)
-    found = _solve(view, sightings, anchor)
+    anchor, nothing = _anchor(view, sightings, public), _nothing(sightings, public)
+    blind = _solve(view, sightings, None)
+    anchored = None if anchor is None else _solve(view, sightings, anchor)
+    found = anchored or blind
     if found is None:
-        nothing = _nothing(view, sightings, anchor, public)
         return Claims(
             tokens=sightings.tokens(nothing),
             vocabulary=sightings.vocabulary(view, nothing, np.zeros(0, np.int64)),
             figures={"rows explained": 0.0},
         )
     alignment, reading = found
-    tokens = sightings.tokens(reading.guesses)
-    blind = _solve(view, sightings, None)
-    unanchored = _nothing(view, sightings, None, public) if blind is None else blind[1].guesses
+    solved = (blind,) if anchor is None else (blind, anchored)
+    guesses = [sightings.tokens(nothing if each is None else each[1].guesses) for each in solved]
     return Claims(
-        tokens=tokens,
+        tokens=sightings.tokens(reading.guesses),
         vocabulary=sightings.vocabulary(view, reading.guesses, np.flatnonzero(reading.explained)),
         residual=alignment.key,
         points=(
             Point("rows compared at a time", 1, sightings.tokens(_by_length(view, sightings))),
-            Point("rows compared at a time", FIXED, tokens),
-            Point("known first tokens", 0, sightings.tokens(unanchored)),
-            *([] if anchor is None else [Point("known first tokens", 1, tokens)]),
+            Point("rows compared at a time", FIXED, sightings.tokens(reading.guesses)),
+            *(Point("known first tokens", known, each) for known, each in enumerate(guesses)),
         ),
         figures={
             "rows explained": float(reading.explained.mean()),

@@ -44,9 +44,10 @@ class Sightings:
         beginnings = {int(session[0]) for session in sessions}
         return cls(rows, positions, sessions, beginnings.pop() if len(beginnings) == 1 else None)
 
-    def seen(self) -> Ids:
-        """Which rows occur in sessions, rising."""
-        return np.unique(np.concatenate(self.sessions))
+    def sample(self, generator: np.random.Generator, count: int) -> Sightings:
+        """`count` of the rows, or all: enough to find a key by. In no session's order."""
+        some = np.sort(generator.permutation(len(self.rows))[:count])
+        return Sightings(self.rows[some], self.positions[some], [], None)
 
     def places(self, view: View) -> list[tuple[int, Ids]]:
         """Positions at which tables differ, each with the rows to be looked up there: one where none are learned."""

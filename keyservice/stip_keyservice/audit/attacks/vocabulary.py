@@ -27,8 +27,8 @@ LAYERS = 1
 """Layers of the prefix: the first states that depend on the tokens before."""
 CHUNKS = (32, 128, 512)
 """Candidates tried at once, in the order of the proposal; behind them all that are left."""
-BATCH = 2048
-"""Rows run at once: bounds memory."""
+BATCH, STRIP = 2048, 128
+"""Candidates run at once, and beside one another in a session: bound memory."""
 SIGNIFICANCE = 1e-4
 """Probability that the best of wrong candidates is accepted."""
 DIMENSIONS = 12
@@ -72,20 +72,26 @@ class _Runner:
 
     def extend(self, ids: Ids) -> Any:
         """Append one token [b] to each session; what the blocks give for it."""
-        result, self._cache = self._run(ids, self._cache)
+        result, self._cache = self._run(ids[:, None], self._cache)
         self._length += 1
         return result
 
     def attempt(self, sessions: Ids, candidates: Ids) -> Doubles:
         """[p, c, d] states of `candidates` [p, c] behind `sessions` [p]; nothing is appended."""
-        count, states = candidates.shape[1], []
-        step = max(1, BATCH // count)
-        for first in range(0, len(sessions), step):
-            places = torch.from_numpy(np.repeat(sessions[first : first + step], count))
-            cache = [(keys[places], values[places]) for keys, values in self._cache]
-            result, _ = self._run(candidates[first : first + step].reshape(-1), cache)
-            states.append(result.last_hidden_state[:, -1].double().numpy())
-        return np.concatenate(states).reshape(*candidates.shape, -1)
+        count = candidates.shape[1]
+        strips = -(-count // STRIP)
+        width = -(-count // strips)
+        # short strips are filled up with their session's last candidate
+        padded = np.concatenate([candidates, np.repeat(candidates[:, -1:], strips * width - count, axis=1)], axis=1)
+        places, lines = np.repeat(sessions, strips), padded.reshape(-1, width)
+        step, states = max(1, BATCH // width), []
+        for first in range(0, len(lines), step):
+            rows = torch.from_numpy(places[first : first + step])
+            cache = [(keys[rows], values[rows]) for keys, values in self._cache]
+            result, _ = self._run(lines[first : first + step], cache)
+            states.append(result.last_hidden_state.double().numpy())
+        found = np.concatenate(states)
+        return found.reshape(len(sessions), strips * width, found.shape[-1])[:, :count]
 
     def keep(self, sessions: Ids) -> None:
         """Go on with these sessions only, renumbered."""
@@ -95,11 +101,16 @@ class _Runner:
     def _run(
         self, ids: Ids, cache: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Tokens [b, w], each as if it alone came next: all at the same position, none sees another."""
+        count, width = ids.shape
+        hidden = torch.full((width, width), torch.finfo(torch.float32).min).fill_diagonal_(0.0)
+        mask = torch.cat([torch.zeros(width, self._length), hidden], dim=1)
         with torch.inference_mode():
             result = self._blocks(
-                input_ids=torch.from_numpy(np.ascontiguousarray(ids))[:, None],
+                input_ids=torch.from_numpy(np.ascontiguousarray(ids)),
+                attention_mask=mask.expand(count, 1, -1, -1),
                 past_key_values=DynamicCache(cache),
-                position_ids=torch.full((len(ids), 1), self._length),
+                position_ids=torch.full((count, width), self._length),
                 use_cache=True,
             )
         return result, [(layer.keys, layer.values) for layer in result.past_key_values.layers]
