@@ -41,6 +41,7 @@ class Ground:
     held_out: list[Ids]
     surrogate: Network
     _truths: dict[tuple[str, int], Truth] = field(default_factory=dict)
+    _sessions: dict[tuple[str, int, bytes], Labelled] = field(default_factory=dict)
 
     def truth(self, preset: str, copy: int = 0) -> Truth:
         """`copy`: another instance of the same model, under keys of its own."""
@@ -58,7 +59,13 @@ class Ground:
         return self._truths[preset, copy]
 
     def labelled(self, preset: str, texts: list[Ids], copy: int = 0) -> list[Labelled]:
-        return [observe(self.truth(preset, copy), text, PROMPT) for text in texts]
+        return [self._said(preset, text, copy) for text in texts]
+
+    def _said(self, preset: str, text: Ids, copy: int) -> Labelled:
+        session = preset, copy, text.tobytes()
+        if session not in self._sessions:
+            self._sessions[session] = observe(self.truth(preset, copy), text, PROMPT)
+        return self._sessions[session]
 
     def drifted(self, drift: float) -> Entry:
         """A relative of the plain table."""
