@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from stip_keyservice.cli import main
 from stip_stack.tee import SimulatedPlatform
@@ -95,3 +95,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [COMMAND, *arguments], capture_output=True, text=True, timeout=60, env=os.environ | environment
     )
+
+
+def told_here(*arguments: str) -> Result:
+    """What people are told, on a wide terminal, by a command run in this process."""
+    return CliRunner().invoke(main, arguments, env={"COLUMNS": "220"})

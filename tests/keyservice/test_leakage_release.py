@@ -18,7 +18,7 @@ from stip_protocol.errors import LeakageRefused, StipError
 from stip_protocol.release import Heartbeat
 
 from .conftest import Serve, cell, make_instance, no_cell
-from .place import Place, run
+from .place import Place, told_here
 
 RULE: dict[str, Any] = {"knowledge": ["server"], "metric": "token_top1", "at_most": 0.2}
 WELL = (cell("server", "A", token_top1=0.1), no_cell("base", "D"), cell("table", "B", token_top1=1.0))
@@ -176,11 +176,13 @@ def test_add_with_a_policy_that_cannot_be_read_adds_nothing(place: Place) -> Non
 @pytest.mark.parametrize(("measured", "said"), [(None, "is not audited"), (BADLY, "is audited")])
 def test_add_without_a_policy_says_that_the_policy_decides_at_release(place: Place, measured: Any, said: str) -> None:
     made = make_instance(place.folder / "instance", Home.open(place.home), measured=measured)
-    done = run("instances", "add", str(made.directory), "--shared", "--home", str(place.home))
-    assert done.returncode == 0
+    done = told_here("instances", "add", str(made.directory), "--shared", "--home", str(place.home))
+    assert done.exit_code == 0
     assert said in done.stderr
     assert "the policy decides at release" in done.stderr
-    alone = run(*add(place, made.directory, ""), "--home", str(place.folder / "elsewhere"))
+    another = make_instance(place.folder / "another", Home.open(place.home), measured=measured)
+    alone = told_here(*add(place, another.directory, ""), "--home", str(place.home))
+    assert alone.exit_code == 0
     assert "decides at release" not in alone.stderr
 
 
@@ -210,9 +212,9 @@ def test_list_and_show_for_people_round_bounds_up(place: Place) -> None:
     leaky = (cell("server", "A", token_top1=0.20001), no_cell("base", "D"))
     made = make_instance(place.folder / "instance", Home.open(place.home), measured=leaky)
     place.call_here("instances", "add", str(made.directory), "--shared")
-    listed = run("instances", "list", "--home", str(place.home), COLUMNS="220")
+    listed = told_here("instances", "list", "--home", str(place.home))
     assert "server 20.1 %, base -" in listed.stdout
-    shown = run("instances", "show", made.id, "--home", str(place.home), COLUMNS="220")
+    shown = told_here("instances", "show", made.id, "--home", str(place.home))
     assert "16.0 % to 20.1 %" in shown.stdout
     assert "there is no public base" in shown.stdout
 
@@ -241,13 +243,13 @@ def test_serve_says_at_start_which_instances_its_policy_refuses(place: Place) ->
 
 def test_policy_check_shows_the_maxima(place: Place) -> None:
     path = place.folder / "policy.toml"
-    plain = json.loads(run("policy", "check", str(path), "--json").stdout)
+    plain = json.loads(told_here("policy", "check", str(path), "--json").stdout)
     assert (plain["leakage_required"], plain["leakage_maxima"]) == (False, [])
     with path.open("a") as policy:
         policy.write(TOML + 'attacks = ["A", "B"]\n')
-    strict = json.loads(run("policy", "check", str(path), "--json").stdout)
+    strict = json.loads(told_here("policy", "check", str(path), "--json").stdout)
     assert strict["leakage_required"]
     assert strict["leakage_maxima"] == [RULE | {"attacks": ["A", "B"], "presets": None}]
     assert strict["digest"] != plain["digest"]
-    table = run("policy", "check", str(path), COLUMNS="200")
+    table = told_here("policy", "check", str(path))
     assert "token_top1 at most 0.2 with server; attacks A, B" in table.stdout
