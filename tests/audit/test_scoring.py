@@ -111,6 +111,7 @@ def test_every_figure_stands_beside_the_best_prior_guess_by_name(court: Court, g
         assert figure(own, name).prior_name == figure(common, name).prior_name == priors.OWN_PREDICTION
         assert figure(own, name).measured == figure(own, name).prior == figure(common, name).prior
         assert value(common, name) < value(own, name)
+        assert figure(own, name).weaker_priors == {priors.COMMONEST: figure(common, name).measured}
 
 
 def test_the_commonest_token_is_the_prior_where_it_is_the_better_guess(court: Court, ground: Any) -> None:

@@ -61,6 +61,9 @@ class Metric(_Frozen):
     """The best guess of somebody who saw nothing, on the same positions. None where there is no such guess."""
     prior_name: str = ""
     """Which guess that was: `commonest token`, `own prediction`, ..."""
+    weaker_priors: dict[str, Interval | Bounds] = {}
+    """The other guesses. The best one may take more for granted than any attacker has (`own prediction`: the true text
+    before each token): a figure below it, but above these, is a finding all the same."""
     counted: Annotated[int, Field(ge=1)]
     """Positions, sessions or entries."""
 
@@ -136,6 +139,8 @@ class Traffic(_Frozen):
     sessions: int
     positions: int
     accomplice_tokens: int
+    accomplice_computed: int = 0
+    """How many of these were computed from the instance's parts, whatever the victims' source is."""
 
 
 class Report(_Frozen):

@@ -235,6 +235,14 @@ def _sums(sessions: Sequence[NDArray[np.bool_]] | Sequence[NDArray[np.float64]])
 
 
 def _beside(name: str, measured: Interval, prior: Mapping[str, Interval], counted: int, of: str = "") -> Metric:
-    """The figure beside the best of the prior guesses."""
+    """The figure beside the prior guesses, the best of them apart."""
     best = max(prior, key=lambda known: prior[known].value)
-    return Metric(name=name, of=of, measured=measured, prior=prior[best], prior_name=best, counted=counted)
+    return Metric(
+        name=name,
+        of=of,
+        measured=measured,
+        prior=prior[best],
+        prior_name=best,
+        weaker_priors={known: weaker for known, weaker in prior.items() if known != best},
+        counted=counted,
+    )
