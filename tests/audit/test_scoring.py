@@ -104,7 +104,7 @@ def test_one_wrong_token_spoils_its_session_alone(court: Court, judge: Judge) ->
 
 
 def test_every_figure_stands_beside_the_best_prior_guess_by_name(court: Court, ground: Any, judge: Judge) -> None:
-    known = priors.guesses(ground.plain, ground.public, court.texts)
+    known = priors.guesses(ground.plain, ground.public, ground.material("paper").victims)
     own = judge.score(Claims(tokens=known[priors.OWN_PREDICTION]))
     common = judge.score(Claims(tokens=known[priors.COMMONEST]))
     for name in ("token_top1", "token_top10", "rouge_l"):
@@ -144,6 +144,7 @@ def test_answers_are_judged_at_the_positions_that_they_led_to(court: Court, judg
     )
     assert figure(scores, "token_top1").counted == 8 * 24
     assert [value(scores, name) for name in ("token_top1", "sequence_exact", "rouge_l")] == [1.0, 1.0, 1.0]
+    assert figure(scores, "token_top1").prior_name == priors.COMMONEST  # an answer is the model's own prediction
     assert scores.points[0].measured.value == 1.0
     assert value(judge.score(Claims(tokens=only_answers)), "token_top1") == pytest.approx(24 / 47)
 

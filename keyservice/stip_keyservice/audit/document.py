@@ -63,7 +63,7 @@ class Metric(_Frozen):
     """Which guess that was: `commonest token`, `own prediction`, ..."""
     weaker_priors: dict[str, Interval | Bounds] = {}
     """The other guesses. The best one may take more for granted than any attacker has (`own prediction`: the true text
-    before each token): a figure below it, but above these, is a finding all the same."""
+    before each token of a prompt): a figure below it, but above these, is a finding all the same."""
     counted: Annotated[int, Field(ge=1)]
     """Positions, sessions or entries."""
 

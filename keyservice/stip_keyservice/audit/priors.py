@@ -1,7 +1,8 @@
 """What one would guess anyway, without a look at the server: the mark beside every figure.
 
-Generous: the model's own prediction is made from the true text before each position, which nobody has who has not read
-it. An attack that does not beat it has shown nothing.
+Generous: the model's own prediction of a prompt is made from the true text before each position, which nobody has who
+has not read it. Of answers it is no guess: an answer is the model's own prediction, word for word where it is greedy,
+and whoever reads answers reads that. There the commonest token stands.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from stip_keyservice.audit.network import Network
-from stip_keyservice.audit.view import Floats, Ids
+from stip_keyservice.audit.view import Floats, Ids, Labelled
 
 FIRST = 10
 """Guesses a position."""
@@ -53,15 +54,23 @@ def beginning(public_text: Sequence[Ids]) -> int | None:
     return first.pop() if len(first) == 1 else None
 
 
-def guesses(plain: Network, public_text: Sequence[Ids], texts: Sequence[Ids]) -> Mapping[str, Sequence[Ids]]:
-    """By the name of a prior, its guesses [n, k] at each text [n], the best first."""
+def answered(said: Labelled) -> Ids:
+    """Positions that were fed of what the model answered: those behind the asked ones."""
+    behind = said.seen.asked + 1
+    return behind[behind < len(said.ids)]
+
+
+def guesses(plain: Network, public_text: Sequence[Ids], sessions: Sequence[Labelled]) -> Mapping[str, Sequence[Ids]]:
+    """By the name of a prior, its guesses [n, k] at each session's text [n], the best first."""
     vocabulary = int(plain.config["vocab_size"])
     frequent = commonest(public_text, vocabulary)
     opening = commonest([text[:1] for text in public_text], vocabulary)
-    return {
-        COMMONEST: [np.tile(frequent, (len(text), 1)) for text in texts],
-        OWN_PREDICTION: [np.vstack([opening, _predicted(plain, text)]) for text in texts],
-    }
+    predicted = []
+    for said in sessions:
+        guessed = np.vstack([opening, _predicted(plain, said.ids)])
+        guessed[answered(said)] = frequent
+        predicted.append(guessed)
+    return {COMMONEST: [np.tile(frequent, (len(said.ids), 1)) for said in sessions], OWN_PREDICTION: predicted}
 
 
 def _predicted(plain: Network, text: Ids) -> Ids:

@@ -94,9 +94,7 @@ class Judge:
         known = priors.beginning(self._material.public_text)
         scope = []
         for victim in self._material.victims:
-            positions = np.arange(len(victim.ids))
-            if claims.scope == "answers":
-                positions = np.intersect1d(positions, victim.seen.asked + 1)
+            positions = priors.answered(victim) if claims.scope == "answers" else np.arange(len(victim.ids))
             if len(positions) and positions[0] == 0 and victim.ids[0] == known:
                 positions = positions[1:]
             scope.append(positions)
@@ -106,7 +104,7 @@ class Judge:
 
     @cached_property
     def _prior_guesses(self) -> Mapping[str, Sequence[Ids]]:
-        return priors.guesses(self._material.truth.plain, self._material.public_text, self._texts)
+        return priors.guesses(self._material.truth.plain, self._material.public_text, self._material.victims)
 
     def _right(self, tokens: Sequence[Ids], scope: Positions, first: int) -> list[NDArray[np.bool_]]:
         return [
