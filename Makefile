@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup setup-vllm demo test test-vllm test-long lint bench bench-accuracy bench-protect proto clean
+.PHONY: help setup setup-vllm demo test test-vllm test-long lint bench bench-accuracy bench-protect audit proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -69,6 +69,9 @@ bench-accuracy: $(VENV)/.ready ## top-1 agreement and differences over 10,000 sa
 
 bench-protect: $(VENV)/.ready ## protect a LLaMA2-7B-shaped checkpoint (30 GB of disk, half an hour) against copying it
 	$(BIN)/python -m benchmarks.protect
+
+audit: $(VENV)/.ready ## the published attacks against the bundled model under every preset; writes build/audit/
+	$(BIN)/python -m stip_stack.audit $(AUDIT_ARGS)
 
 proto: $(VENV)/.ready ## generate protocol/stip_protocol/wire from its .proto files
 	$(BIN)/python protocol/generate.py

@@ -8,8 +8,10 @@ import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from stip_protocol.errors import StipError, Unavailable
@@ -118,5 +120,45 @@ def run(argv: Sequence[str], *, seconds: float = 600.0) -> str:
     """Run a command of ours to its end and return its stdout. Raises `StipError` with its stderr where it fails."""
     done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
-        raise StipError(f"{Path(argv[0]).name} {argv[1]} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
+        raise _failed(argv, done.returncode, done.stderr)
     return done.stdout
+
+
+def run_side_by_side(
+    commands: Mapping[str, Sequence[str]], *, at_once: int, ended: Callable[[str, float], None]
+) -> None:
+    """Run commands of ours by name, so many at once, each to its end; `ended` is told which, and its seconds.
+
+    Raises `StipError` with the stderr of the first that fails, once the others were told to stop and have stopped.
+    """
+    children: list[subprocess.Popen[str]] = []
+    stopping = threading.Event()
+
+    def one(argv: Sequence[str]) -> float:
+        if stopping.is_set():
+            return 0.0
+        began = time.monotonic()
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _TIED, *argv],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ) as child:  # fmt: skip
+            children.append(child)
+            _, said = child.communicate()
+        if child.returncode != 0:
+            raise _failed(argv, child.returncode, said)
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(at_once) as pool:
+        names = {pool.submit(one, argv): name for name, argv in commands.items()}
+        try:
+            for future in as_completed(names):
+                ended(names[future], future.result())
+        except BaseException:
+            stopping.set()
+            for child in children:
+                child.terminate()
+            raise
+
+
+def _failed(argv: Sequence[str], status: int, said: str) -> StipError:
+    return StipError(f"{Path(argv[0]).name} {argv[1]} failed ({status}): {said.strip()[-2000:]}")

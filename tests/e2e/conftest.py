@@ -2,8 +2,8 @@
 
 `answers` is for tests that only ask; it serves every model under both presets. `refusing` is for tests that remove
 users, tamper, kill and drain; those run in the order of their files, and `test_shutdown.py`, the last of them, stops
-it. `failover` serves three presets on two replicas each, which come and go. Each has a folder, which stays on one
-worker (tests/conftest.py).
+it. `failover` serves three presets on two replicas each, which come and go. `recording` has a recorder before every
+server. Each has a folder (of `recording` it is `audit`), which stays on one worker (tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -180,10 +180,27 @@ def replicated(request: pytest.FixtureRequest, failover: System) -> Served:
     return failover[request.param]
 
 
+RECORDED = {f"demo-{preset}": ("demo", preset) for preset in ("hardened", "paper", "throughput")} | {
+    "gpt2-hardened": ("gpt2", "hardened")  # with learned positions
+}
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Every preset, and what its server sees is kept."""
+    servers = [f"server-{number}-0" for number in range(len(RECORDED))]
+    yield from _system(tmp_path_factory.mktemp("recording"), RECORDED, recorded=servers)
+
+
+@pytest.fixture(params=RECORDED)
+def taped(request: pytest.FixtureRequest, recording: System) -> Served:
+    return recording[request.param]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test of a system also waits for it to be protected and started."""
     for item in items:
-        if {"answers", "refusing", "failover"} & set(getattr(item, "fixturenames", ())):
+        if {"answers", "refusing", "failover", "recording"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(START_SECONDS))
 
 
