@@ -16,6 +16,7 @@ import click
 from stip_protocol.errors import ConfigurationError, StipError
 
 _PROTECT = "stip_keyservice.protect.commands"
+_AUDIT = "stip_keyservice.audit"
 _COMMANDS = "stip_keyservice.service.commands"
 
 
@@ -42,6 +43,10 @@ COMMANDS = {
         "verify_equivalence",
         "Compare an instance with the model it was made from.",
     ),
+    "audit": Lazy(
+        f"{_AUDIT}.command", "audit", "Run the published attacks against an instance, and sign what they get."
+    ),
+    "leakage-report": Lazy(f"{_AUDIT}.command", "leakage_report", "One page over the reports of several audits."),
     "serve": Lazy(f"{_COMMANDS}.serve", "serve", "Release keys to attested enclaves."),
     "users": Lazy(f"{_COMMANDS}.users", "group", "Who may use the instances, and how much."),
     "instances": Lazy(f"{_COMMANDS}.instances", "group", "The protected models this service holds the keys of."),
@@ -82,6 +87,7 @@ def main() -> None:
     \b
     First steps:
       stip-keyservice protect MODEL --preset hardened --out INSTANCE
+      stip-keyservice audit INSTANCE --model MODEL --out REPORT
       stip-keyservice users add alice --public-key alice.pub --budget 100000
       stip-keyservice instances add INSTANCE --dedicated-to alice
       stip-keyservice policy check policy.toml
