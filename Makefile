@@ -13,12 +13,14 @@ WORKERS ?= 2
 MODEL ?= stack/demo_model
 PRESET ?= hardened
 PROMPT ?=
+# Whichever of these is on PATH opens the audit's report in its tests.
+BROWSERS := chromium-headless-shell chromium chromium-browser google-chrome chrome
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup setup-vllm demo test test-vllm test-long lint bench bench-accuracy bench-protect audit proto clean
+.PHONY: help setup setup-vllm demo test browser test-vllm test-long lint bench bench-accuracy bench-protect audit proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -45,8 +47,17 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt requirements/vllm.txt
 demo: $(VENV)/.ready ## protect a model, start every part, verify, stream an answer, compare with plain
 	@$(BIN)/stip-stack demo --model '$(MODEL)' --preset '$(PRESET)' $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))')
 
-test: $(VENV)/.ready ## the whole test suite, under ten minutes on two cores
+test: $(VENV)/.ready browser ## the whole test suite, under ten minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not long' $(PYTEST_ARGS)
+
+browser: ## a headless Chromium, in which tests read the audit's report (installed by apt where there is none)
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing headless Chromium (Debian packages, about 90 MB)"; \
+	  export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; \
+	  apt-get -qq install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null && exit 0; \
+	fi; \
+	echo "no browser on PATH ($(BROWSERS)): install Chromium, on Debian as root: apt-get install chromium-headless-shell" >&2; exit 1
 
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM engine over protected instances, on this machine's CPU
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
