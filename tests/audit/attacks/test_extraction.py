@@ -1,0 +1,138 @@
+"""A linear fit finds the key where the attacker's table is the model's, and nothing where it is not; trained models
+run, and learn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stip_keyservice.audit.attacks import attack
+from stip_keyservice.audit.attacks.training import batches, descend
+from stip_keyservice.audit.claims import Claims
+from stip_keyservice.audit.view import NotApplicable, View
+
+NAMES = ["from scratch", "train-transformed", "train-linear"]
+
+
+def little(view: View) -> View:
+    """Few texts, and so few steps of training; all labelled rows."""
+    return replace(view, public_text=view.public_text[:2], victims=view.victims[:3])
+
+
+@pytest.fixture(scope="module")
+def own(ground: Any) -> Claims:
+    """With a table of the attacker's own."""
+    return attack("J").run(little(ground.view("hardened", "accomplice")))
+
+
+@pytest.fixture(scope="module")
+def granted(ground: Any) -> Claims:
+    """With the model's own table."""
+    view = replace(little(ground.view("hardened", "accomplice")), entry=ground.truth("hardened").entry)
+    return attack("J").run(view)
+
+
+def errors(claims: Claims) -> dict[int, float]:
+    """Of the linear fit, by labelled rows."""
+    return {
+        int(name.split(", ")[1].split()[0]): value for name, value in claims.figures.items() if "linear fit" in name
+    }
+
+
+def perplexity(ground: Any, stolen: Any) -> float:
+    losses = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(stolen.logits(text[:-1])), torch.from_numpy(text[1:]))
+        for text in ground.victims
+    ]
+    return float(torch.stack(losses).mean().exp())
+
+
+def test_with_the_true_table_the_fit_is_exact_beyond_as_many_rows_as_the_width(granted: Claims) -> None:
+    found = errors(granted)
+    width = 192
+    assert all(error < 1e-3 for rows, error in found.items() if rows > width)
+    assert all(error > 0.1 for rows, error in found.items() if rows < width)
+    assert any(rows > width for rows in found)
+
+
+def test_the_exact_fit_is_the_residual_key(ground: Any, granted: Claims) -> None:
+    assert granted.residual is not None
+    np.testing.assert_allclose(granted.residual, ground.truth("hardened").residual, atol=1e-3)
+
+
+def test_the_exact_fit_reads_every_token_labelled_or_not(ground: Any, granted: Claims) -> None:
+    last = granted.points[-1]
+    for guesses, text in zip(last.tokens, ground.victims, strict=False):
+        assert (guesses[:, 0] == text[:-1]).mean() > 0.99
+
+
+def test_with_a_table_of_ones_own_no_number_of_rows_helps(own: Claims) -> None:
+    assert min(errors(own).values()) > 0.9  # 1 is the error of the mean row
+    assert own.residual is None
+
+
+def test_three_models_are_trained_and_run(ground: Any, own: Claims) -> None:
+    assert [name for name, _ in own.stolen] == NAMES
+    for _, stolen in own.stolen:
+        logits = stolen.logits(ground.victims[0][:-1])
+        assert logits.shape == (48, 2048)
+        assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=NAMES[:2])
+def test_what_is_trained_knows_more_than_nothing(ground: Any, own: Claims, number: int) -> None:
+    assert perplexity(ground, own.stolen[number][1]) < 1500  # of 2048 ids, all equally likely
+
+
+def test_no_trained_model_comes_near_the_plain_one(ground: Any, own: Claims) -> None:
+    class Plain:
+        logits = staticmethod(lambda ids: ground.plain.logits(ground.plain.rows(ids)))
+
+    assert all(perplexity(ground, stolen) > 5 * perplexity(ground, Plain) for _, stolen in own.stolen)
+
+
+def test_training_leaves_the_server_part_as_it_was(ground: Any) -> None:
+    view = little(ground.view("paper", "accomplice"))
+    few = replace(view, accomplice=replace(view.accomplice, labelled=view.accomplice.labelled[:4]))
+    before = {name: value.clone() for name, value in view.server.model.state_dict().items()}
+    attack("J").run(few)
+    for name, value in view.server.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_same_view_trains_the_same_models(ground: Any) -> None:
+    view = little(ground.view("throughput", "accomplice"))
+    few = replace(view, accomplice=replace(view.accomplice, labelled=view.accomplice.labelled[:4]))
+    text = ground.victims[0][:-1]
+    once, again = (dict(attack("J").run(few).stolen) for _ in range(2))
+    for name in NAMES:
+        np.testing.assert_array_equal(once[name].logits(text), again[name].logits(text))
+
+
+@pytest.mark.parametrize("preset", ["paper", "hardened", "throughput"])
+def test_without_a_user_there_is_nothing_to_fit(ground: Any, preset: str) -> None:
+    with pytest.raises(NotApplicable, match="no user of this instance"):
+        attack("J").run(ground.view(preset))
+
+
+def test_batches_use_every_piece_before_one_comes_again() -> None:
+    texts = [np.arange(10) + 100 * number for number in range(6)]
+    made = batches(texts, np.random.default_rng(0), most=100, passes=2, size=3, length=10)
+    assert len(made) == 4
+    assert {int(row[0]) for step in range(2) for row in made[step]} == {0, 100, 200, 300, 400, 500}
+
+
+def test_batches_stop_at_the_most() -> None:
+    texts = [np.arange(10)] * 30
+    assert len(batches(texts, np.random.default_rng(0), most=3, passes=4, size=2, length=5)) == 3
+
+
+def test_descent_finds_a_minimum() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    goal = torch.tensor([0.5, -1.0, 2.0])
+    descend([parameter], lambda step: ((parameter - goal) ** 2).sum(), steps=400, rate=0.05)
+    torch.testing.assert_close(parameter.detach(), goal, atol=0.05, rtol=0.05)
