@@ -153,7 +153,8 @@ def run(place: Place, cases: Sequence[Case], console: Console) -> int:
     _audit(place, cases, tell)
     after = outcomes(place, cases)
     console.print(_table(after, before))
-    console.print(f"  {place.out / 'index.html'}", soft_wrap=True)
+    console.print("[dim]cells: measured, of all; above: of those, found more than anybody would guess[/]")
+    console.print(str(place.out / "index.html"), soft_wrap=True)
     other = [name for name, outcome in after.items() if outcome.differs(before.get(name))]
     if other:
         console.print(
@@ -193,16 +194,17 @@ def _audit(place: Place, cases: Sequence[Case], tell: Tell) -> None:
 
 
 def _table(after: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> Table:
+    """Cells: measured, of all. Above: found more than anybody would guess, beyond both intervals."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for name in ("case", "measured", "above the guess", "SHA-256 of leakage.json", ""):
+    for name in ("case", "cells", "above", "SHA-256 of leakage.json", ""):
         table.add_column(name, no_wrap=True)
     for name, outcome in after.items():
         measured = [cell for cell in outcome.report.cells if cell.metrics]
         above = [cell for cell in measured if _above(cell.metrics[0])]
-        said = "ANOTHER THAN BEFORE" if outcome.differs(before.get(name)) else ""
+        said = "DIFFERS" if outcome.differs(before.get(name)) else ""
         if outcome.repeats(before.get(name)) and not said:
             said = "as before"
-        table.add_row(name, f"{len(measured)} of {len(outcome.report.cells)}", str(len(above)), outcome.digest, said)
+        table.add_row(name, f"{len(measured)}/{len(outcome.report.cells)}", str(len(above)), outcome.digest, said)
     return table
 
 
