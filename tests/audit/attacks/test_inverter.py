@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,8 @@ PRESETS = ["paper", "hardened", "throughput"]
 
 
 @pytest.fixture(scope="module")
-def claims(ground: Any) -> dict[str, Claims]:
-    return {preset: attack("M").run(ground.view(preset, "accomplice")) for preset in PRESETS}
+def claims(ground: Any) -> Callable[[str], Claims]:
+    return cache(lambda preset: attack("M").run(ground.view(preset, "accomplice")))
 
 
 def labelled(ground: Any) -> list[Any]:
@@ -42,21 +44,23 @@ def read(ground: Any, tokens: Any) -> float:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_tokens_that_were_labelled_are_read_at_every_depth(ground: Any, claims: dict[str, Claims], preset: str) -> None:
-    shares = {point.x: read(ground, point.tokens) for point in claims[preset].points}
+def test_tokens_that_were_labelled_are_read_at_every_depth(
+    ground: Any, claims: Callable[[str], Claims], preset: str
+) -> None:
+    shares = {point.x: read(ground, point.tokens) for point in claims(preset).points}
     assert shares[0] == 1.0
     assert shares[1] > 0.98
     assert 0.8 < shares[4] <= shares[1]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_claim_is_what_one_block_in_the_enclave_leaves(claims: dict[str, Claims], preset: str) -> None:
-    one = next(point for point in claims[preset].points if point.x == 1)
-    assert claims[preset].tokens is one.tokens
+def test_the_claim_is_what_one_block_in_the_enclave_leaves(claims: Callable[[str], Claims], preset: str) -> None:
+    one = next(point for point in claims(preset).points if point.x == 1)
+    assert claims(preset).tokens is one.tokens
 
 
-def test_tokens_that_were_not_labelled_are_not_read(ground: Any, claims: dict[str, Claims]) -> None:
-    tokens = claims["hardened"].tokens
+def test_tokens_that_were_not_labelled_are_not_read(ground: Any, claims: Callable[[str], Claims]) -> None:
+    tokens = claims("hardened").tokens
     assert tokens is not None
     for guesses, text, where in zip(tokens, ground.victims, labelled(ground), strict=True):
         assert not (guesses[~where] == text[:-1][~where][:, None]).any()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,8 @@ PRESETS = [*WITH_HEAD, "hardened"]
 
 
 @pytest.fixture(scope="module")
-def claims(ground: Any) -> dict[str, Claims]:
-    return {preset: attack("G").run(ground.view(preset, "accomplice")) for preset in PRESETS}
+def claims(ground: Any) -> Callable[[str], Claims]:
+    return cache(lambda preset: attack("G").run(ground.view(preset, "accomplice")))
 
 
 def agreement(ground: Any, stolen: Any) -> float:
@@ -48,48 +50,48 @@ def read(view: View, tokens: Any, texts: Any) -> float:
 
 @pytest.mark.parametrize("preset", WITH_HEAD)
 def test_the_whole_order_of_the_vocabulary_is_read_from_made_up_answers(
-    ground: Any, claims: dict[str, Claims], preset: str
+    ground: Any, claims: Callable[[str], Claims], preset: str
 ) -> None:
-    assert claims[preset].vocabulary.tolist() == ground.truth(preset).vocabulary.tolist()  # type: ignore[union-attr]
+    assert claims(preset).vocabulary.tolist() == ground.truth(preset).vocabulary.tolist()  # type: ignore[union-attr]
 
 
 def test_a_server_that_decodes_alone_is_the_whole_model_once_the_order_is_known(
-    ground: Any, claims: dict[str, Claims]
+    ground: Any, claims: Callable[[str], Claims]
 ) -> None:
-    _, stolen = claims["throughput"].stolen[0]
+    _, stolen = claims("throughput").stolen[0]
     text = ground.victims[0][:-1]
     np.testing.assert_allclose(stolen.logits(text), ground.plain.logits(ground.plain.rows(text)), atol=1e-3)
 
 
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 def test_labelled_rows_and_the_server_part_make_a_working_copy(
-    ground: Any, claims: dict[str, Claims], preset: str
+    ground: Any, claims: Callable[[str], Claims], preset: str
 ) -> None:
-    _, stolen = claims[preset].stolen[0]
-    assert claims[preset].figures["share of the table's rows known"] < 0.5  # of the types; more of what is said
+    _, stolen = claims(preset).stolen[0]
+    assert claims(preset).figures["share of the table's rows known"] < 0.5  # of the types; more of what is said
     assert agreement(ground, stolen) > commonest(ground) + 0.1
 
 
-def test_no_order_is_claimed_where_the_head_stays_in_the_enclave(claims: dict[str, Claims]) -> None:
-    assert claims["hardened"].vocabulary is None
+def test_no_order_is_claimed_where_the_head_stays_in_the_enclave(claims: Callable[[str], Claims]) -> None:
+    assert claims("hardened").vocabulary is None
 
 
 @pytest.mark.parametrize("preset", WITH_HEAD)
 def test_answers_of_the_protocol_itself_show_more_of_the_order_the_more_there_are(
-    ground: Any, claims: dict[str, Claims], preset: str
+    ground: Any, claims: Callable[[str], Claims], preset: str
 ) -> None:
     view = ground.view(preset, "accomplice")
-    points = claims[preset].points
+    points = claims(preset).points
     shares = [read(view, point.tokens, ground.victims) for point in points]
     assert [point.x for point in points] == sorted(point.x for point in points)
     assert shares == sorted(shares)
     assert shares[-1] > shares[0] > 0.1
 
 
-def test_every_position_without_an_answer_has_no_guess(ground: Any, claims: dict[str, Claims]) -> None:
+def test_every_position_without_an_answer_has_no_guess(ground: Any, claims: Callable[[str], Claims]) -> None:
     for preset in WITH_HEAD:
         for guesses, seen in zip(
-            claims[preset].points[0].tokens, ground.view(preset, "accomplice").victims, strict=True
+            claims(preset).points[0].tokens, ground.view(preset, "accomplice").victims, strict=True
         ):
             assert (guesses[: seen.asked[0] + 1] == -1).all()
 
@@ -107,7 +109,7 @@ def test_without_a_user_there_is_nothing_to_take(ground: Any, preset: str) -> No
         attack("G").run(ground.view(preset))
 
 
-def test_the_same_view_gives_the_same_copy(ground: Any, claims: dict[str, Claims]) -> None:
+def test_the_same_view_gives_the_same_copy(ground: Any, claims: Callable[[str], Claims]) -> None:
     again = attack("G").run(ground.view("hardened", "accomplice"))
     text = ground.victims[0][:-1]
-    np.testing.assert_array_equal(claims["hardened"].stolen[0][1].logits(text), again.stolen[0][1].logits(text))
+    np.testing.assert_array_equal(claims("hardened").stolen[0][1].logits(text), again.stolen[0][1].logits(text))

@@ -11,7 +11,7 @@ the one that looks like what the server computed is right. Here both compare wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,10 @@ from stip_keyservice.audit.network import Inside, Network
 from stip_keyservice.audit.view import Entry, Floats, Ids, NotApplicable, View
 
 GUESSES = 10
-PROPOSED = 12
+PROPOSED = 8
 """Candidates of each position by the inversion, and so many by what the base expects next."""
+AT_ONCE = 16
+"""Sessions that are decided side by side."""
 TINY = 1e-12
 EPSILON = 1e-6
 """Of the norm: it moves the length of a row by parts in a million, and all rows alike."""
@@ -89,7 +91,7 @@ def _run(view: View) -> Claims:
     inverted = [_by_length(server, base, inside, view.entry) for inside in insides]
     published = [_as_published(base, inside, view.entry) for inside in insides]
     return Claims(
-        tokens=[_collide(view.base, *each) for each in zip(insides, inverted, strict=True)],
+        tokens=_collided(view.base, insides, inverted),
         points=[
             Point("layers of the cache, inverted", 1, [guesses[:, :GUESSES] for guesses in inverted]),
             Point("layers of the cache, inverted as published, blind to keys", 1, published),
@@ -103,9 +105,9 @@ def _alike(base: Network, inside: Inside) -> bool:
 
 
 def _by_length(server: FirstValues, base: FirstValues, inside: Inside, entry: Entry) -> Ids:
-    """[n, PROPOSED] guesses: tokens whose inverted values are nearest in length."""
+    """[n, 2 * PROPOSED] guesses: tokens whose inverted values are nearest in length."""
     wanted = server.lengths(inside.values[0])
-    return _nearest(wanted, entry, lambda rows: base.lengths(base(rows)), PROPOSED)
+    return _nearest(wanted, entry, lambda rows: base.lengths(base(rows)), 2 * PROPOSED)
 
 
 def _as_published(base: FirstValues, inside: Inside, entry: Entry) -> Ids:
@@ -125,30 +127,49 @@ def _nearest(wanted: Doubles, entry: Entry, features: Callable[[Floats], Doubles
     return np.stack(guesses)
 
 
+def _collided(base: Network, insides: Sequence[Inside], inverted: Sequence[Ids]) -> list[Ids]:
+    """The guesses of every session; sessions of one length are decided together."""
+    found: dict[int, Ids] = {}
+    lengths = np.array([len(guesses) for guesses in inverted])
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for block in np.array_split(alike, -(-len(alike) // AT_ONCE)):
+            attentions = np.stack([np.sort(insides[number].attentions, axis=1) for number in block])
+            guesses = _collide(base, attentions, np.stack([inverted[number] for number in block]))
+            found |= dict(zip(block.tolist(), guesses, strict=True))
+    return [found[number] for number in range(len(inverted))]
+
+
 @torch.inference_mode()
-def _collide(base: Network, inside: Inside, inverted: Ids) -> Ids:
-    """[n, GUESSES] guesses of one session: at each position, candidates are run behind the ones decided before, and the
-    one whose attention, head by head in rising order, is nearest to the server's (L1) is decided."""
-    guesses = np.full((len(inverted), GUESSES), NO_GUESS)
+def _collide(base: Network, attentions: Floats, inverted: Ids) -> Ids:
+    """[s, n, GUESSES] guesses for the server's attention [s, L, heads, n, n], heads in rising order, and guesses by
+    inversion [s, n, k]. At each position, candidates are run behind those decided before, and the one whose attention
+    is nearest to the server's (L1) is decided."""
+    sessions, length, _ = inverted.shape
+    guesses = np.full((sessions, length, GUESSES), NO_GUESS)
     cache = DynamicCache(config=base.model.config)
-    expected = inverted[:0, 0]
-    for position, nearest in enumerate(inverted):
-        candidates = np.array(list(dict.fromkeys([*nearest.tolist(), *expected.tolist()])))
-        if position:
-            cache.batch_repeat_interleave(len(candidates))
+    candidates = inverted[:, 0]
+    for position in range(length):
+        count = candidates.shape[1]
         result = base.model(
-            input_ids=torch.from_numpy(candidates)[:, None],
+            input_ids=torch.from_numpy(candidates.reshape(-1, 1)),
             past_key_values=cache,
             use_cache=True,
             output_attentions=True,
         )
         shown = np.sort(torch.stack(result.attentions, dim=1)[:, :, :, 0].numpy(), axis=2)
-        wanted = np.sort(inside.attentions[:, :, position, : position + 1], axis=1)
-        order = np.argsort(np.abs(shown - wanted).mean(axis=(1, 2, 3)), kind="stable")
-        best = candidates[order[:GUESSES]]
-        guesses[position, : len(best)] = best
-        cache.batch_select_indices(torch.from_numpy(order[:1]))
-        expected = result.logits[order[0], -1].topk(min(PROPOSED, result.logits.shape[-1])).indices.numpy()
+        wanted = attentions[:, None, :, :, position, : position + 1]
+        apart = np.abs(shown.reshape(sessions, count, *shown.shape[1:]) - wanted).mean(axis=(2, 3, 4))
+        order = np.argsort(apart, axis=1, kind="stable")
+        for row, ranked in zip(guesses[:, position], np.take_along_axis(candidates, order, axis=1), strict=True):
+            best = list(dict.fromkeys(ranked.tolist()))[:GUESSES]
+            row[: len(best)] = best
+        if position + 1 < length:
+            decided = torch.from_numpy(np.arange(sessions) * count + order[:, 0])
+            cache.batch_select_indices(decided)
+            cache.batch_repeat_interleave(2 * PROPOSED)
+            expected = result.logits[decided, -1].topk(PROPOSED).indices.numpy()
+            candidates = np.concatenate([inverted[:, position + 1, :PROPOSED], expected], axis=1)
     return guesses
 
 

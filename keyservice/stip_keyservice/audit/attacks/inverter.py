@@ -7,10 +7,12 @@ out again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from stip_keyservice.audit.attacks import Attack
-from stip_keyservice.audit.attacks.stolen import accomplice_of
+from stip_keyservice.audit.attacks.stolen import accomplice_of, rows_of
 from stip_keyservice.audit.attacks.training import discriminant
 from stip_keyservice.audit.claims import Claims, Point
 from stip_keyservice.audit.knowledge import Grant
@@ -25,23 +27,24 @@ CLAIMED = 1
 def _run(view: View) -> Claims:
     labelled = accomplice_of(view).labelled
     labels = np.concatenate([session.ids for session in labelled])
-    shown, wanted = (
-        [_states(view, session.seen) for session in labelled],
-        [_states(view, seen) for seen in view.victims],
-    )
-    depth = len(shown[0]) - 1
+    depths = sorted({min(each, view.server.model.config.num_hidden_layers) for each in BLOCKS})
+    shown = [np.concatenate(each) for each in _states(view, [session.seen for session in labelled], depths)]
     points = []
-    for blocks in sorted({min(each, depth) for each in BLOCKS}):
-        decoder = discriminant(np.concatenate([states[blocks] for states in shown]), labels)
-        tokens = [decoder.best(states[blocks], GUESSES) for states in wanted]
-        points.append(Point("blocks in the enclave", blocks, tokens))
-    claimed = next(point for point in points if point.x == min(CLAIMED, depth))
+    for blocks, features, wanted in zip(depths, shown, _states(view, view.victims, depths), strict=True):
+        decoder = discriminant(features, labels)
+        points.append(Point("blocks in the enclave", blocks, [decoder.best(states, GUESSES) for states in wanted]))
+    claimed = points[depths.index(min(CLAIMED, depths[-1]))]
     return Claims(tokens=claimed.tokens, points=points, figures={"labelled tokens": float(len(labels))})
 
 
-def _states(view: View, seen: Seen) -> Floats:
-    """[L + 1, n, d]."""
-    return view.server.inside(view.rows(seen)).states
+def _states(view: View, sessions: Sequence[Seen], depths: Sequence[int]) -> list[list[Floats]]:
+    """For each of the depths, [n, d] states of each session."""
+    found: list[list[Floats]] = [[] for _ in depths]
+    for rows in rows_of(view, sessions):
+        states = view.server.inside(rows).states
+        for column, blocks in zip(found, depths, strict=True):
+            column.append(states[blocks].copy())
+    return found
 
 
 ATTACK = Attack(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from stip_keyservice.audit.network import Network
-from stip_keyservice.audit.view import Accomplice, Floats, Ids, Labelled, NotApplicable, View
+from stip_keyservice.audit.view import Accomplice, Floats, Ids, Labelled, NotApplicable, Seen, View
 
 SAME = 1e-4
 """Relative difference up to which two rows are one row, rounded."""
 SWEEPS = 64
 """Alternations between tokens' and positions' parts of a row: they converge geometrically."""
+BLOCK = 256
+"""Ids embedded at once."""
 
 
 def accomplice_of(view: View) -> Accomplice:
@@ -30,6 +32,20 @@ def accomplice_of(view: View) -> Accomplice:
 def text_of(session: Labelled) -> Ids:
     """[n + 1] true ids: those that were fed, and the last answer."""
     return np.append(session.ids, session.answers[-1])
+
+
+def rows_of(view: View, sessions: Sequence[Seen]) -> Iterator[Floats]:
+    """What enters the first layer of each session [n, d]. Under `throughput`, where positions are never learned, each
+    id is embedded once."""
+    table: Floats | None = None
+    for seen in sessions:
+        if seen.ids is None:
+            yield view.rows(seen)
+            continue
+        if table is None:
+            blocks = np.array_split(np.arange(view.vocabulary), -(-view.vocabulary // BLOCK))
+            table = np.concatenate([view.server.rows(block) for block in blocks])
+        yield table[seen.ids]
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ def tabulate(view: View, labelled: Sequence[Labelled]) -> Tabulated:
     """The table from rows with labels. Where positions are learned, x = token + position is solved for both by
     alternating means (least squares of an additive model; what is constant goes to the tokens)."""
     ids = np.concatenate([session.ids for session in labelled])
-    rows = np.concatenate([view.rows(session.seen) for session in labelled]).astype(np.float64)
+    rows = np.concatenate(list(rows_of(view, [session.seen for session in labelled]))).astype(np.float64)
     place = np.concatenate([np.arange(len(session.ids)) for session in labelled])
     tokens = _means(rows, ids, view.vocabulary)
     positions = np.zeros((place.max() + 1, rows.shape[1]))

@@ -11,7 +11,7 @@ that followed, and the ids that the user's enclave reads in them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,14 +29,18 @@ from stip_keyservice.audit.attacks.stolen import (
 from stip_keyservice.audit.attacks.training import descend
 from stip_keyservice.audit.claims import NO_GUESS, Claims, Point, Stolen
 from stip_keyservice.audit.knowledge import Grant
-from stip_keyservice.audit.view import Accomplice, Floats, Ids, Labelled, NotApplicable, Seen, Top, View
+from stip_keyservice.audit.view import Accomplice, Ids, Labelled, NotApplicable, Seen, Top, View
 
 GUESSES = 10
-SHARES = (0.125, 0.25, 0.5, 1.0)
-"""Of the user's sessions: the points of the curve."""
+LABELLED = (250, 1000, 4000, 16_000)
+"""Tokens of the user: the points of the curve."""
 LEAST = 1e-12
 """Bound of probabilities, from below and of their complements."""
-HEAD_STEPS, HEAD_SIZE, HEAD_RATE = 80, 512, 5e-3
+HEAD_STATES = 40_000
+"""Hidden states that a head is learned from: as many answers of the user's budget."""
+HEAD_STEPS, HEAD_PASSES = 240, 8
+"""Steps of training, or so many passes over the states, where they are few."""
+HEAD_SIZE, HEAD_RATE = 512, 5e-3
 TOP = 64
 SURE = 100.0
 """A made-up logit above zeros: any sampler picks it."""
@@ -45,7 +49,7 @@ SURE = 100.0
 def _run(view: View) -> Claims:
     accomplice = accomplice_of(view)
     table = tabulate(view, accomplice.labelled)
-    if not _has_head(view):
+    if view.victims[0].hidden is not None:
         head = _learned_head(view, accomplice, table)
         return Claims(
             stolen=[("server part, learned head", HeadedCopy(view.server, table, head))], figures=_figures(view, table)
@@ -63,10 +67,6 @@ def _run(view: View) -> Claims:
         scope="answers",
         figures=_figures(view, table),
     )
-
-
-def _has_head(view: View) -> bool:
-    return view.victims[0].hidden is None
 
 
 def _figures(view: View, table: Tabulated) -> dict[str, float]:
@@ -94,13 +94,10 @@ def _decoded(view: View, accomplice: Accomplice) -> Ids:
 
 def _curve(view: View, labelled: Sequence[Labelled]) -> list[Point]:
     """The victims' answers, read under the order that the protocol's own answers show."""
-    points = []
-    for share in SHARES:
-        some = labelled[: max(1, round(share * len(labelled)))]
-        order = _matched(view, some)
-        tokens = [_under(order, seen) for seen in view.victims]
-        points.append(Point("labelled tokens", float(sum(len(session.ids) for session in some)), tokens))
-    return points
+    return [
+        Point("labelled tokens", tokens, [_under(order, seen) for seen in view.victims])
+        for tokens, order in _orders(view, labelled)
+    ]
 
 
 def _under(order: Ids, seen: Seen) -> Ids:
@@ -118,27 +115,63 @@ def _under(order: Ids, seen: Seen) -> Ids:
     return guesses
 
 
-def _matched(view: View, labelled: Sequence[Labelled]) -> Ids:
-    """[V] true id of each permuted id, `NO_GUESS` where nothing was learned.
+def _orders(view: View, labelled: Sequence[Labelled]) -> Iterator[tuple[int, Ids]]:
+    """Numbers of labelled tokens, and [V] the true id of each permuted id after so many; `NO_GUESS` where nothing was
+    learned. At `LABELLED`, as far as there are so many, and at the end.
 
     Under `throughput` each id that was fed stands beside its label. Otherwise each position gives the probability p(i)
     of every permuted id i, and the true id v that followed: v is i with a likelihood of the product of p(i) where v
     followed and of 1 - p(i) elsewhere. The surest pairs are taken first, each id once.
     """
-    order = np.full(view.vocabulary, NO_GUESS)
-    if labelled[0].seen.ids is not None:
-        for session in labelled:
-            assert session.seen.ids is not None
-            order[session.seen.ids] = session.ids
-        return order
-    shares = np.concatenate([_shares(view.server.logits(view.rows(session.seen))) for session in labelled])
-    followed = np.concatenate([text_of(session)[1:] for session in labelled])
-    evidence = np.zeros((view.vocabulary, view.vocabulary))
-    np.add.at(evidence, followed, np.log(shares) - np.log1p(-shares))
-    seen = np.unique(followed)
-    likelihood = evidence[seen] + np.log1p(-shares).sum(axis=0)
-    order[_one_to_one(likelihood - _log_sum_exp(likelihood))] = seen
-    return order
+    sizes = np.cumsum([len(session.ids) for session in labelled])
+    labelled = labelled[: int(np.searchsorted(sizes, LABELLED[-1])) + 1]
+    stops = set(np.minimum(np.searchsorted(sizes, LABELLED), len(labelled) - 1).tolist())
+    evidence = _Pairs(view) if labelled[0].seen.ids is not None else _Evidence(view, labelled)
+    for number, session in enumerate(labelled):
+        evidence.add(session)
+        if number in stops:
+            yield int(sizes[number]), evidence.order()
+
+
+class _Pairs:
+    """Ids that were fed, beside their labels."""
+
+    def __init__(self, view: View) -> None:
+        self._order = np.full(view.vocabulary, NO_GUESS)
+
+    def add(self, session: Labelled) -> None:
+        assert session.seen.ids is not None
+        self._order[session.seen.ids] = session.ids
+
+    def order(self) -> Ids:
+        return self._order.copy()
+
+
+class _Evidence:
+    """Log-likelihoods of pairs of a permuted id and a true one."""
+
+    def __init__(self, view: View, labelled: Sequence[Labelled]) -> None:
+        self._view = view
+        self._labels = np.unique(np.concatenate([text_of(session)[1:] for session in labelled]))
+        self._followed = np.zeros((len(self._labels), view.vocabulary))
+        self._elsewhere = np.zeros(view.vocabulary)
+        self._counts = np.zeros(len(self._labels), np.int64)
+
+    def add(self, session: Labelled) -> None:
+        logits = self._view.server.logits(self._view.rows(session.seen)).astype(np.float64)
+        shares = np.exp(logits - _log_sum_exp(logits)).clip(LEAST, 1 - LEAST)
+        label = np.searchsorted(self._labels, text_of(session)[1:])
+        without = np.log1p(-shares)
+        np.add.at(self._followed, label, np.log(shares) - without)
+        np.add.at(self._counts, label, 1)
+        self._elsewhere += without.sum(axis=0)
+
+    def order(self) -> Ids:
+        found = np.full(self._view.vocabulary, NO_GUESS)
+        said = np.flatnonzero(self._counts)
+        likelihood = self._followed[said] + self._elsewhere
+        found[_one_to_one(likelihood - _log_sum_exp(likelihood))] = self._labels[said]
+        return found
 
 
 def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -146,13 +179,6 @@ def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
     largest = values.max(axis=1, keepdims=True)
     total: NDArray[np.float64] = largest + np.log(np.exp(values - largest).sum(axis=1, keepdims=True))
     return total
-
-
-def _shares(logits: Floats) -> NDArray[np.float64]:
-    """[n, V] probabilities."""
-    wide = logits.astype(np.float64)
-    shares: NDArray[np.float64] = np.exp(wide - _log_sum_exp(wide))
-    return shares.clip(LEAST, 1 - LEAST)
 
 
 def _one_to_one(scores: NDArray[np.float64]) -> Ids:
@@ -173,23 +199,27 @@ def _one_to_one(scores: NDArray[np.float64]) -> Ids:
 def _learned_head(view: View, accomplice: Accomplice, table: Tabulated) -> torch.nn.Linear:
     """A head [V, d] that says which id follows a hidden state: in the user's sessions and in text of one's own, run
     under the rows that were found; and which id the user's enclave reads when it is sent that state."""
-    texts = [text_of(session) for session in accomplice.labelled] + list(view.public_text)
-    hidden = np.concatenate([view.server.inside(table.enter(text[:-1])).states[-1] for text in texts])
-    followed = np.concatenate([text[1:] for text in texts])
-    read = accomplice.decode(Seen(np.zeros_like(hidden), None, np.arange(len(hidden)), hidden=hidden))
+    generator = view.generator("theft")
+    every = [text_of(session) for session in accomplice.labelled] + list(view.public_text)
+    texts = [every[number] for number in generator.permutation(len(every))]
+    texts = texts[: 1 + int(np.searchsorted(np.cumsum([len(text) for text in texts]), HEAD_STATES))]
+    states = [view.server.inside(table.enter(text[:-1])).states[-1] for text in texts]
+    read = [accomplice.decode(Seen(each, None, np.arange(len(each)), hidden=each)) for each in states]
+    hidden, followed = np.concatenate(states), np.concatenate([text[1:] for text in texts])
     head = torch.nn.Linear(hidden.shape[1], view.vocabulary)
     counts = np.bincount(followed, minlength=view.vocabulary) + 1.0
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
-    inputs, labels = torch.from_numpy(hidden), torch.from_numpy(np.stack([followed, read]))
-    chosen = torch.from_numpy(view.generator("theft").integers(len(hidden), size=(HEAD_STEPS, HEAD_SIZE)))
+    inputs, labels = torch.from_numpy(hidden), torch.from_numpy(np.stack([followed, np.concatenate(read)]))
+    steps = min(HEAD_STEPS, HEAD_PASSES * -(-len(hidden) // HEAD_SIZE))
+    chosen = torch.from_numpy(generator.integers(len(hidden), size=(steps, HEAD_SIZE)))
 
     def loss(step: int) -> torch.Tensor:
         scores = head(inputs[chosen[step]]).repeat(len(labels), 1)
         return torch.nn.functional.cross_entropy(scores, labels[:, chosen[step]].flatten())
 
-    descend(head.parameters(), loss, steps=HEAD_STEPS, rate=HEAD_RATE)
+    descend(head.parameters(), loss, steps=steps, rate=HEAD_RATE)
     return head
 
 
