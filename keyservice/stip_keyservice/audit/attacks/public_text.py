@@ -23,7 +23,7 @@ class PublicText:
     counts: Ids
     """[V] how often each id comes."""
     pairs: Ids
-    """[p] distinct pairs (a, b) of successive ids as a·V + b, rising."""
+    """[p] distinct pairs (a, b) of ids as a·V + b, rising: b stands so many places behind a."""
     pair_counts: Ids
     """[p]."""
     first: int | None
@@ -31,11 +31,11 @@ class PublicText:
     none."""
 
     @classmethod
-    def of(cls, view: View) -> PublicText:
-        """Of the public text in `view`."""
+    def of(cls, view: View, places: int = 1) -> PublicText:
+        """Of the public text in `view`; pairs are of ids `places` apart."""
         texts, size = [text for text in view.public_text if len(text)], view.vocabulary
         counts = np.bincount(np.concatenate([*texts, np.zeros(0, np.int64)]), minlength=size).astype(np.int64)
-        codes = [text[:-1] * size + text[1:] for text in texts]
+        codes = [text[:-places] * size + text[places:] for text in texts]
         pairs, pair_counts = np.unique(np.concatenate([*codes, np.zeros(0, np.int64)]), return_counts=True)
         beginnings = {int(text[0]) for text in texts}
         first = beginnings.pop() if len(texts) > 1 and len(beginnings) == 1 else None
@@ -58,7 +58,7 @@ class PublicText:
         return ranked[:GUESSES]
 
     def log_next(self, before: Ids, after: Ids) -> NDArray[np.float64]:
-        """[a, b] log of the probability that each of `after` [b] comes behind each of `before` [a].
+        """[a, b] log of the probability that each of `after` [b] comes `places` behind each of `before` [a].
 
         Interpolated with the unigram share: (n(u, v) + WEIGHT·p(v)) / (n(u) + WEIGHT).
         """
