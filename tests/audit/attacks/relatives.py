@@ -128,3 +128,8 @@ def cosine(claimed: Any, true: Any) -> float:
 def read(tokens: Sequence[Ids], said: Sequence[Ids]) -> float:
     """Share of positions whose first guess is right."""
     return float(np.mean(np.concatenate([guess[:, 0] == text[:-1] for guess, text in zip(tokens, said, strict=True)])))
+
+
+def commonest(said: Sequence[Ids]) -> float:
+    """Share of the commonest token: what one lucky hit of a wrong dictionary can come to."""
+    return float(np.bincount(np.concatenate([text[:-1] for text in said])).max() / sum(len(text) - 1 for text in said))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,19 @@ import numpy as np
 import pytest
 
 from stip_keyservice.audit.attacks import alignment
+from stip_keyservice.audit.claims import Claims
 from stip_keyservice.audit.network import Network
 from stip_keyservice.audit.view import Entry, NotApplicable
 from tests.audit.attacks import relatives
 from tests.audit.attacks.relatives import cosine, read
 
 PRESETS = ["paper", "hardened", "throughput"]
+
+
+@pytest.fixture(scope="module")
+def aligned(ground: Any) -> Callable[[str], Claims]:
+    """What the attack claims of an instance whose source is public."""
+    return cache(lambda preset: alignment.run(ground.view(preset, "base")))
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +38,27 @@ def based(ground: Any, preset: str, base: Network) -> Any:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_with_the_base_itself_the_key_and_every_token_are_found(ground: Any, preset: str) -> None:
-    claims, known = alignment.run(ground.view(preset, "base")), ground.truth(preset)
+def test_with_the_base_itself_the_key_and_every_token_are_found(ground: Any, aligned: Any, preset: str) -> None:
+    claims, known = aligned(preset), ground.truth(preset)
     assert claims.residual is not None
     assert claims.tokens is not None
     assert cosine(claims.residual, known.residual) > 0.9999
     assert read(claims.tokens, ground.victims) == 1.0
 
 
-def test_the_permutation_of_paper_is_found_entry_by_entry(ground: Any) -> None:
-    claims = alignment.run(ground.view("paper", "base"))
+def test_the_permutation_of_paper_is_found_entry_by_entry(ground: Any, aligned: Any) -> None:
+    claims = aligned("paper")
     np.testing.assert_array_equal(claims.residual, ground.truth("paper").residual)
 
 
 @pytest.mark.parametrize("preset", ["paper", "throughput"])
-def test_the_order_of_the_servers_vocabulary_is_found_from_its_head(ground: Any, preset: str) -> None:
-    claims = alignment.run(ground.view(preset, "base"))
+def test_the_order_of_the_servers_vocabulary_is_found_from_its_head(ground: Any, aligned: Any, preset: str) -> None:
+    claims = aligned(preset)
     np.testing.assert_array_equal(claims.vocabulary, ground.truth(preset).vocabulary)
 
 
-def test_no_vocabulary_is_claimed_where_no_server_sees_one(ground: Any) -> None:
-    assert alignment.run(ground.view("hardened", "base")).vocabulary is None
+def test_no_vocabulary_is_claimed_where_no_server_sees_one(aligned: Any) -> None:
+    assert aligned("hardened").vocabulary is None
 
 
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
@@ -79,7 +88,7 @@ def test_a_model_of_the_same_shape_with_other_weights_gives_nothing(ground: Any,
     assert claims.tokens is not None
     assert abs(cosine(claims.residual, ground.truth(preset).residual)) < 0.1
     assert claims.figures["cosine of matched rows"] < alignment.SAME
-    assert read(claims.tokens, ground.victims) < 0.05
+    assert read(claims.tokens, ground.victims) < 2 * relatives.commonest(ground.victims)
 
 
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
@@ -94,13 +103,13 @@ def test_layer_norms_and_learned_positions_change_nothing(ground: Any, tmp_path:
     assert read(claims.tokens, said) == 1.0
 
 
-def test_the_same_view_gives_the_same_claims(ground: Any) -> None:
-    one, other = (alignment.run(ground.view("hardened", "base")) for _ in range(2))
-    np.testing.assert_array_equal(one.residual, other.residual)
+def test_the_same_view_gives_the_same_claims(ground: Any, aligned: Any) -> None:
+    again = alignment.run(ground.view("hardened", "base"))
+    np.testing.assert_array_equal(again.residual, aligned("hardened").residual)
 
 
-def test_guesses_are_ten_different_tokens_a_position(ground: Any) -> None:
-    claims = alignment.run(ground.view("paper", "base"))
+def test_guesses_are_ten_different_tokens_a_position(ground: Any, aligned: Any) -> None:
+    claims = aligned("paper")
     assert claims.tokens is not None
     for guesses, text in zip(claims.tokens, ground.victims, strict=True):
         assert guesses.shape == (len(text) - 1, alignment.GUESSES)

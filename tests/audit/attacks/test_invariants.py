@@ -75,7 +75,7 @@ def test_matrices_conjugated_by_one_orthogonal_key_give_it_up_to_its_sign(noise:
     moved = [matrix + noise * symmetric(seed + 50) for seed, matrix in enumerate(matrices)]
     ours = [flattened(key @ matrix @ key.T) for matrix in matrices]
     found = conjugator(ours, [flattened(matrix) for matrix in moved], random)
-    assert abs(relatives.cosine(found, key)) > (0.98 if noise else 1 - 1e-6)
+    assert abs(relatives.cosine(found, key)) > (0.98 if noise else 0.999)
 
 
 def test_matrices_that_have_nothing_in_common_give_no_key() -> None:

@@ -122,10 +122,15 @@ def _refined(ours: Folded, theirs: Folded, inner: Doubles) -> Doubles:
     """Procrustes over the neurons of feed-forwards that match under `inner` [e, e], whose sign they correct: what
     reads into a nonlinearity keeps its own."""
     pairs = list(layers_of(ours, theirs, LAYERS))
-    found = [matched(mine.anchor @ ours.seen @ inner, other.anchor @ theirs.seen) for mine, other in pairs]
-    inner = inner * np.sign(sum(float((cosine * np.abs(cosine)).sum()) for _, cosine in found))
+    read = [(mine.anchor @ ours.seen @ inner, other.anchor @ theirs.seen) for mine, other in pairs]
+    found = [(*matched(*each), matched(*each[::-1])[0]) for each in read]
+    cosines = np.concatenate([cosine for _, cosine, _ in found])
+    inner = inner * np.sign((cosines * np.abs(cosines)).sum())
+    least = SAME if (np.abs(cosines) >= SAME).any() else 0.0
     product = np.zeros_like(inner)
-    for (mine, other), (index, cosine) in zip(pairs, found, strict=True):
+    for (mine, other), (index, cosine, back) in zip(pairs, found, strict=True):
+        # rows without a match of their own meet some row by chance, which pulls the key away from good matches
+        weights = cosine**2 * ((np.abs(cosine) >= least) & (back[index] == np.arange(len(index))))
         sides = (
             (mine.anchor, other.anchor),
             (mine.up.weight, other.up.weight),
@@ -134,7 +139,7 @@ def _refined(ours: Folded, theirs: Folded, inner: Doubles) -> Doubles:
         for rows, others in sides:
             left, right = units(rows @ ours.seen), units(others @ theirs.seen)[index]
             signs = np.sign(((left @ inner) * right).sum(axis=1))
-            product += left.T @ (right * (signs * cosine**2)[:, None])
+            product += left.T @ (right * (signs * weights)[:, None])
     return polar(product)
 
 

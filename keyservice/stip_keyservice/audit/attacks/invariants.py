@@ -17,9 +17,9 @@ from stip_keyservice.audit.view import Floats, Ids
 
 NEGLIGIBLE = 1e-7
 """Eigenvalues below this share of the largest are zeros of a product of thin matrices."""
-SETTLED = 1e-5
+SETTLED = 1e-3
 """Relative change of an iterate that ends power iteration."""
-ITERATIONS = 200
+ITERATIONS = 100
 
 
 def conjugated(folded: Folded, layer: Layer) -> list[Doubles]:
