@@ -132,17 +132,19 @@ def run_side_by_side(
     Raises `StipError` with the stderr of the first that fails, once the others were told to stop and have stopped.
     """
     children: list[subprocess.Popen[str]] = []
-    stopping = threading.Event()
+    starting, stopping = threading.Lock(), threading.Event()
 
     def one(argv: Sequence[str]) -> float:
-        if stopping.is_set():
-            return 0.0
         began = time.monotonic()
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _TIED, *argv],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        ) as child:  # fmt: skip
+        with starting:  # so that no child is missed by who stops them
+            if stopping.is_set():
+                return 0.0
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _TIED, *argv],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
             children.append(child)
+        with child:
             _, said = child.communicate()
         if child.returncode != 0:
             raise _failed(argv, child.returncode, said)
@@ -154,9 +156,10 @@ def run_side_by_side(
             for future in as_completed(names):
                 ended(names[future], future.result())
         except BaseException:
-            stopping.set()
-            for child in children:
-                child.terminate()
+            with starting:
+                stopping.set()
+                for child in children:
+                    child.terminate()
             raise
 
 
