@@ -172,6 +172,16 @@ def test_on_a_phone_every_cell_names_its_instance_and_the_attacker_stays(reader:
     assert reader.ask("document.querySelector('#matrix .group').getBoundingClientRect().top") == 0
 
 
+def test_on_a_phone_a_card_s_heading_takes_its_whole_width(reader: Page, path: Path) -> None:
+    reader.open(path, PHONE)
+    reader.ask("document.querySelectorAll('details').forEach((each) => { each.open = true })")
+    narrow = reader.ask(
+        "[...document.querySelectorAll('.cards tbody th')].filter((each) => each.getBoundingClientRect().width < "
+        "each.parentElement.getBoundingClientRect().width - 4).map((each) => each.innerText)"
+    )
+    assert narrow == []
+
+
 def test_tapping_not_applicable_shows_the_reason(page: Page) -> None:
     page.ask("document.querySelector('#matrix button').scrollIntoView({block: 'center'})")
     x, y, goal, reason = page.ask(

@@ -29,7 +29,8 @@ def test_an_interval_does_not_break_over_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "printed"), [(0.062, "0.062"), (1.5, "1.50"), (31.44, "31.4"), (64000.0, "64,000"), (13963.4, "13,963")]
+    ("value", "printed"),
+    [(0.062, "0.062"), (-0.0001, "0.000"), (1.5, "1.50"), (31.44, "31.4"), (64000.0, "64,000"), (13963.4, "13,963")],
 )
 def test_amounts_have_about_three_digits(value: float, printed: str) -> None:
     assert amount(value) == printed

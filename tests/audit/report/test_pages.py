@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from stip_keyservice.audit.document import Cell, Report
+from stip_keyservice.audit.document import Cell, Point, Report
 from stip_keyservice.audit.report import catalogue
 from stip_keyservice.audit.report.comparison import CLAIMS
 from stip_keyservice.audit.report.html import VOID
 from stip_keyservice.audit.report.pages import MARKDOWN, PAGE, write
 from stip_protocol.errors import ConfigurationError
 
-from .conftest import made_up, tokens
+from .conftest import interval, made_up, tokens
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' | `code` [a](javascript:b) & *"
 
@@ -204,3 +204,13 @@ def test_no_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no leakage\.json was given"):
         write([], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_one_price_is_no_curve_and_stands_among_all_figures(tmp_path: Path) -> None:
+    point = Point(curve="layers of the cache", x=1, measured=interval(0.37))
+    cell = Cell(attack="H", knowledge="base", metrics=tokens(0.4), points=(point,))
+    write([made_up("hardened").model_copy(update={"cells": (cell,)})], tmp_path)
+    page = (tmp_path / PAGE).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "What more effort buys" not in page
+    assert "tokens at 1 layers of the cache" in page
+    assert "37.0 %" in page

@@ -28,7 +28,10 @@ def _cell(letter: str, knowledge: str, value: float) -> Cell:
 
 def test_a_known_table_that_opens_everything_is_said_to() -> None:
     said = _said(_cell("C", "table", 1.0))
-    assert said.startswith("An operator that knows the embedding table reads every session, word for word: 100 % ")
+    assert said.startswith(
+        "An operator that knows the embedding table reads every session that was tested, word for word: 100 % "
+    )
+    assert "word for word: 100 % of tokens (" in said
     assert "by attack C" in said
 
 
@@ -40,18 +43,18 @@ def test_nearly_everything_is_not_called_everything() -> None:
 
 def test_every_token_is_not_called_every_session_where_no_session_was_counted() -> None:
     said = _said(Cell(attack="C", knowledge="table", metrics=(share("token_top1", 1.0, 0.18),)))
-    assert "reads every token: 100 % of tokens" in said
+    assert "reads every token that was tested: 100 % of tokens" in said
 
 
 def test_a_preset_that_holds_is_said_to_beside_the_guess() -> None:
     said = _said(_cell("A", "server", 0.17), _cell("B", "server", 0.15))
-    assert "The operator alone reads no more than one would guess anyway: 17.0 % of tokens" in said
+    assert "The operator alone stays at what one would guess anyway, or below: 17.0 % of tokens" in said
     assert "the model's own prediction of the next token gets 18.0 %" in said
 
 
 def test_one_attack_above_the_guess_decides_over_all_that_stayed_there() -> None:
     said = _said(_cell("A", "server", 0.17), _cell("B", "server", 0.6), _cell("C", "server", 0.15))
-    assert "no more than one would guess" not in said
+    assert "stays at" not in said
     assert "more than one would guess: 60.0 % of tokens" in said
 
 
@@ -63,7 +66,7 @@ def test_too_little_traffic_is_no_comfort() -> None:
 
 def test_splicing_is_said_to_read_answers_and_nothing_else() -> None:
     said = _said(_cell("K", "accomplice", 1.0))
-    assert "reads every answer, word for word" in said
+    assert "reads every answer that was tested, word for word" in said
     assert "session" not in said
 
 

@@ -5,6 +5,7 @@ Figures are cited from their sources; `Claim.note` says what keeps one from bein
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,12 +195,17 @@ def ours(claim: Claim, report: Report) -> str:
 
 def _of_cell(which: Measured, cell: Cell) -> list[str]:
     said = [_metric(metric) for name in which.metrics for metric in cell.metrics if metric.name == name]
-    for name, value in sorted(cell.figures.items()):
+    for name, value in sorted(cell.figures.items(), key=lambda item: _natural(item[0])):
         if any(words in name for words in which.figures):
             said.append(f"{name.replace('_', ' ')} {amount(value)}")
     if which.curve:
         said += [f"{figure(point.measured)} at {amount(point.x)}" for point in cell.points]
     return said
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in a name by their value."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _metric(metric: Metric) -> str:

@@ -43,7 +43,7 @@ class Look:
 
 
 LOOKS = {
-    Level.GUESS: Look("guess", "○", "no more than a guess"),
+    Level.GUESS: Look("guess", "○", "at the guess, or below"),
     Level.UNCOMPARED: Look("uncompared", "–", "no guess to compare"),
     Level.UNCLEAR: Look("unclear", "?", "not clearly more"),
     Level.SOME: Look("some", "◔", "more than a guess"),

@@ -179,6 +179,9 @@ def figures(report: Report) -> Html:
             named = f"{metric.name} {metric.of}".replace("_", " ")
             measured = f"{figure(metric.measured)} ({between(metric.measured)})"
             rows.append((*who, named, measured, _prior(metric), f"{metric.counted:,}"))
+        for point in cell.points:
+            measured = f"{figure(point.measured)} ({between(point.measured)})"
+            rows.append((*who, f"tokens at {amount(point.x)} {point.curve}", measured, "", ""))
         rows += [(*who, name.replace("_", " "), amount(value), "", "") for name, value in sorted(cell.figures.items())]
     return cards("figures", "Every figure", columns, rows)
 

@@ -34,7 +34,7 @@ def amount(value: float) -> str:
         return f"{value:,.0f}"
     if size >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+    return f"{value:.2f}" if size >= 1 else f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def _percent(share: float) -> str:

@@ -21,6 +21,8 @@ ROW = 19
 TOP, FOOT = 8, 34
 HEIGHT, EDGE = 200, 48
 """Of a curve: its height, and its margin for the numbers."""
+DODGE = 4
+"""Between the points of two curves at the same price."""
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIGNS = ("circle", "square", "diamond", "triangle", "cross")
 """Marks of curves: told apart without colours."""
@@ -125,7 +127,7 @@ class Curve:
 
 
 def curves(reports: Sequence[Report]) -> list[Html]:
-    """A figure an attack, row and price: what is read for what is paid, a curve an instance."""
+    """A figure an attack, row and price: what is read for what is paid, a curve an instance. One price is no curve."""
     found: dict[tuple[str, str, str], list[Curve]] = {}
     for label, report in zip(grid.labels(reports), reports, strict=True):
         for cell in report.cells:
@@ -140,6 +142,7 @@ def curves(reports: Sequence[Report]) -> list[Html]:
             _key(each),
         )
         for index, ((letter, knowledge, price), each) in enumerate(sorted(found.items(), key=lambda item: item[0]))
+        if len({point.x for curve in each for point in curve.points}) > 1
     ]
 
 
@@ -151,7 +154,7 @@ def _curves(name: str, what: tuple[str, str, str], found: list[Curve]) -> Html:
     letter, knowledge, price = what
     xs = sorted({point.x for curve in found for point in curve.points})
     scale, bottom = _Scale.over(xs), TOP + HEIGHT
-    drawn = [part for index, curve in enumerate(found) for part in _curve(index, curve, scale)]
+    drawn = [part for index, curve in enumerate(found) for part in _curve(index, len(found), curve, scale)]
     said = "; ".join(
         f"{curve.label}: "
         + ", ".join(f"{percent(point.measured.value)} at {amount(point.x)}" for point in curve.points)
@@ -188,7 +191,7 @@ class _Scale:
         if self.logarithmic:
             low, high, here = math.log(low), math.log(high), math.log(x)
         share = (here - low) / (high - low) if high > low else 0.5
-        return EDGE + 8 + share * (WIDTH - RIGHT - 20 - EDGE)
+        return EDGE + 14 + share * (WIDTH - RIGHT - 28 - EDGE)
 
     def ticks(self, xs: Sequence[float]) -> Iterator[float]:
         """Prices whose numbers do not touch."""
@@ -203,13 +206,12 @@ def _up(share: float) -> float:
     return TOP + (1 - share) * HEIGHT
 
 
-def _curve(index: int, curve: Curve, scale: _Scale) -> Iterator[Html]:
-    kind = f"line-{index % len(SIGNS)}"
-    ends = [(scale(point.x), _up(point.measured.value)) for point in curve.points]
-    for point in curve.points:
-        yield _path(
-            f"whisker {kind}", f"M{_n(scale(point.x))} {_n(_up(point.measured.low))}V{_n(_up(point.measured.high))}"
-        )
+def _curve(index: int, count: int, curve: Curve, scale: _Scale) -> Iterator[Html]:
+    """Beside each other by a few pixels, so that equal curves are all seen."""
+    kind, beside = f"line-{index % len(SIGNS)}", DODGE * (index - (count - 1) / 2)
+    ends = [(scale(point.x) + beside, _up(point.measured.value)) for point in curve.points]
+    for (x, _), point in zip(ends, curve.points, strict=True):
+        yield _path(f"whisker {kind}", f"M{_n(x)} {_n(_up(point.measured.low))}V{_n(_up(point.measured.high))}")
     yield _path(f"line {kind}", "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in ends))
     for x, y in ends:
         yield _mark(index, x, y)

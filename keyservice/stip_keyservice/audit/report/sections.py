@@ -185,10 +185,12 @@ def repeating(reports: Sequence[Report]) -> Child:
     versions = sorted({f"{name} {version}" for report in reports for name, version in report.versions.items()})
     seeds = sorted({report.seed for report in reports})
     commands = [f"stip-keyservice audit INSTANCE --model MODEL --seed {seed}" for seed in seeds]
+    commands.append(f"stip-keyservice leakage-report {REPORT_NAME}... --out FOLDER")
     return [
         _prose(
-            "The same instance, traffic and seed give the same leakage.json, byte for byte, under the same versions of "
-            "the libraries. A signed manifest names the digest of its instance's."
+            "The same instance, traffic, base, scale and seed give the same leakage.json, byte for byte, under the "
+            "same versions of the libraries. A signed manifest names the digest of its instance's; several of them "
+            "make this page."
         ),
         tag("pre", tag("code", "\n".join(commands))),
         _prose("The bundled model under every preset, recorded from a running stack:"),

@@ -110,7 +110,7 @@ dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 dd ul { margin: 0; padding-left: 1.1rem; }
 .comparison ul { margin: 0; padding-left: 1.1rem; }
-.comparison th:nth-child(1) { width: 22%; } .comparison th:nth-child(2) { width: 30%; }
+.comparison thead th:nth-child(1) { width: 22%; } .comparison thead th:nth-child(2) { width: 30%; }
 .comparison th small { display: block; color: var(--soft); }
 summary { cursor: pointer; padding: .3rem 0; }
 

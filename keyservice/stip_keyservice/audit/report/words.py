@@ -33,7 +33,7 @@ READS = {
     Level.SOME: "reads more than one would guess",
     Level.UNCLEAR: "may read more than one would guess, the intervals overlap",
     Level.UNCOMPARED: "reads this much, and there is no guess to compare it with",
-    Level.GUESS: "reads no more than one would guess anyway",
+    Level.GUESS: "stays at what one would guess anyway, or below",
 }
 COPIES = {
     Level.ALL: "gets a copy of the model that says nearly always the same",
@@ -41,7 +41,7 @@ COPIES = {
     Level.SOME: "gets a copy of the model closer than one made without the instance",
     Level.UNCLEAR: "may get a closer copy of the model than one made without the instance, the intervals overlap",
     Level.UNCOMPARED: "gets a copy of the model, and there is no other to compare it with",
-    Level.GUESS: "gets no closer copy of the model than one made without the instance",
+    Level.GUESS: "gets a copy of the model no closer than one made without the instance",
 }
 KEYS = {
     Level.ALL: "finds nearly all of a key",
@@ -71,10 +71,10 @@ def _all_tokens(metric: Metric) -> bool:
 
 
 EXACT: tuple[tuple[Kind, Callable[[Cell, Metric], bool], str], ...] = (
-    ("text", lambda cell, _: _all_whole(cell), "reads every session, word for word"),
-    ("text", lambda _, metric: _all_tokens(metric), "reads every token"),
-    ("answers", lambda cell, _: _all_whole(cell), "reads every answer, word for word"),
-    ("answers", lambda _, metric: _all_tokens(metric), "reads every token of answers"),
+    ("text", lambda cell, _: _all_whole(cell), "reads every session that was tested, word for word"),
+    ("text", lambda _, metric: _all_tokens(metric), "reads every token that was tested"),
+    ("answers", lambda cell, _: _all_whole(cell), "reads every answer that was tested, word for word"),
+    ("answers", lambda _, metric: _all_tokens(metric), "reads every token of answers that was tested"),
 )
 """What may be said in place of "nearly everything": the first whose figure is exactly all."""
 
@@ -169,7 +169,7 @@ OTHERS = (
     (frozenset({Level.ALL}), "{} read nearly everything"),
     (frozenset({Level.SOME, Level.MUCH}), "{} read more than one would guess"),
     (frozenset({Level.UNCLEAR, Level.UNCOMPARED}), "of {} it could not be told"),
-    (frozenset({Level.GUESS}), "{} read no more than one would guess"),
+    (frozenset({Level.GUESS}), "{} stayed at the guess"),
 )
 """Attackers who know or have more than the operator alone, counted by what they read."""
 
