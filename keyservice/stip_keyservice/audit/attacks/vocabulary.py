@@ -31,8 +31,11 @@ BATCH, STRIP = 2048, 128
 """Candidates run at once, and beside one another in a session: bound memory."""
 SIGNIFICANCE = 1e-4
 """Probability that the best of wrong candidates is accepted."""
-DIMENSIONS = 12
-"""Features taken for independent, at most, when that probability is computed."""
+DIMENSIONS = 2
+"""Features taken for independent, at most, when that probability is computed: states have much in common, and so have
+their inner products with others."""
+PATIENCE = 2
+"""Positions in a row without an acceptable candidate at which a session is given up."""
 TRIAL = 8
 """Positions of the first session on which comparisons are tried."""
 
@@ -138,8 +141,13 @@ class _Session:
     """States of the prefix behind each token read."""
     guesses: list[Ids] = field(default_factory=list)
     accepted: int = 0
-    broken: bool = False
-    """A position had no acceptable candidate: what comes behind it cannot be compared."""
+    rejected: int = 0
+    """Positions in a row without an acceptable candidate."""
+
+    @property
+    def broken(self) -> bool:
+        """Two such positions: the first one's nearest candidate was not it, what comes behind cannot be compared."""
+        return self.rejected == PATIENCE
 
     def distances(self, compare: Compare, tried: Doubles) -> tuple[Doubles, int]:
         """[c] L1 distances of `tried` states [c, d] from what the server has next, and how many features count."""
@@ -190,9 +198,10 @@ class _Reader:
         return centred(states) if self.centre else states
 
     def _choose(self, prefix: _Runner, running: list[_Session], order: Ids) -> Ids:
-        """[b] the accepted candidate of each session; the proposal's own guess where there is none."""
+        """[b] the accepted candidate of each session, or the nearest; the proposal's own guess once it is broken."""
         chosen, tried = order[:, 0].copy(), 0
         pending = np.array([row for row, each in enumerate(running) if not each.broken], np.int64)
+        nearest = np.full(len(running), np.inf)
         for count in (*CHUNKS, order.shape[1]):
             candidates = order[pending, tried : tried + count]
             if not candidates.size:
@@ -201,15 +210,19 @@ class _Reader:
             for row, some, each in zip(pending, candidates, states, strict=True):
                 distances, dimensions = running[row].distances(self.compare, self._plain(each))
                 best, second = np.argsort(distances, kind="stable")[:2] if len(distances) > 1 else (0, 0)
+                if distances[best] < nearest[row]:
+                    chosen[row], nearest[row] = some[best], distances[best]
                 # of points spread evenly in k dimensions, the nearest is at (d1/d2)^k <= p with probability p
                 if distances[best] ** dimensions < SIGNIFICANCE * distances[second] ** dimensions:
-                    chosen[row] = some[best]
+                    chosen[row], running[row].rejected = some[best], 0
                     running[row].accepted += 1
                 else:
                     left.append(row)
             pending, tried = np.array(left, np.int64), tried + count
         for row in pending:
-            running[row].broken = True
+            running[row].rejected += 1
+            if running[row].broken:
+                chosen[row] = order[row, 0]
         return chosen
 
 
