@@ -21,7 +21,8 @@ from stip_keyservice.audit.view import Ids
 from stip_keyservice.audit.words import TOKENIZER
 from stip_protocol.errors import ConfigurationError
 
-BATCH = 64
+BATCH, LARGE_BATCH = 64, 256
+"""Texts sampled at once. What is drawn depends on it."""
 TEXT_LIMIT = 64 << 20
 """Bytes of the largest text file read."""
 
@@ -74,7 +75,8 @@ def sampled(plain: Network, scale: Scale, seed: int) -> Source:
 
     def texts(part: Part) -> list[Ids]:
         drawn = int.from_bytes(hashlib.sha256(f"{part}/{seed}".encode()).digest()[:8], "big") >> 1
-        return sample(plain, sessions=scale.sessions(part), length=scale.length + 1, seed=drawn)
+        length = scale.length + 1
+        return sample(plain, sessions=scale.sessions(part), length=length, seed=drawn, batch=LARGE_BATCH)
 
     return texts
 
@@ -120,12 +122,12 @@ def _encoded(path: Path, plain: Network) -> Ids:
     return np.array(found, np.int64)
 
 
-def sample(plain: Network, *, sessions: int, length: int, seed: int) -> list[Ids]:
+def sample(plain: Network, *, sessions: int, length: int, seed: int, batch: int = BATCH) -> list[Ids]:
     """So many texts of `length` ids [length], each from the model's first id on (or a random one where it has none)."""
     generator = torch.Generator().manual_seed(seed)
     texts: list[Ids] = []
-    for first in range(0, sessions, BATCH):
-        texts += _batch(plain, min(BATCH, sessions - first), length, generator)
+    for first in range(0, sessions, batch):
+        texts += _batch(plain, min(batch, sessions - first), length, generator)
     return texts
 
 
