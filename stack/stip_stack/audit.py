@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,8 @@ def main(out: Path, seed: int, names: tuple[str, ...], quick: bool, fresh: bool,
     Each attacker gets what its row of the matrix grants. The report says what it found beside what anybody would
     guess, as plainly where a preset fails as where it holds.
     """
+    # Read by torch when it loads, here and in every process that is started: what runs side by side is processes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from stip_stack.cases import CASES, Place  # torch and transformers load here, not for --help
 
     console = Console(highlight=False)
