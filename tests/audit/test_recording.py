@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,38 @@ def test_a_file_in_the_way_is_not_written_through(path: Path) -> None:
     with pytest.raises(ConfigurationError, match="recording"):
         recording("paper").write(path)
     assert target.read_text() == "precious"
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(ConfigurationError, match="no file"):
+        Recording.read(path, manifest("paper"))
+    with pytest.raises(ConfigurationError, match="no file"):
+        Recording.read(path.parent, manifest("paper"))
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_as_it_is(path: Path) -> None:
+    header = json.dumps({"rows": {"dtype": "\x1b[31m", "shape": [1], "data_offsets": [0, 4]}}, ensure_ascii=False)
+    data = header.encode().replace(b"\\u001b", b"\x1b")
+    path.write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+    with pytest.raises(ConfigurationError) as refused:
+        Recording.read(path, manifest("paper"))
+    assert refused.value.message.isprintable()
+
+
+def test_a_writing_that_was_ended_leaves_no_prompts_and_can_be_done_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(handle: int) -> None:
+        raise Ended
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", end)
+        with pytest.raises(Ended):
+            recording("paper").write(path)
+    assert not list(path.parent.iterdir())
+    recording("paper").write(path)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]

@@ -21,7 +21,8 @@ from stip_keyservice.home import Home
 from stip_keyservice.service.instances import inspect
 from stip_protocol.errors import ConfigurationError, ManifestMismatch, SealedPartInvalid, SignatureInvalid
 from stip_protocol.leakage import REPORT_NAME, Interval
-from stip_protocol.manifest import SIGNING, Manifest
+from stip_protocol.manifest import SIGNING, FileDigest, Manifest
+from stip_protocol.secrets_file import open_secrets, seal_secrets
 
 
 class Interrupted(BaseException):
@@ -221,6 +222,34 @@ def test_what_waits_and_was_changed_is_refused(instance: Path, home: Home, name:
     with pytest.raises((ManifestMismatch, SignatureInvalid, SealedPartInvalid)):
         signing.finish(instance, home)
     assert path.exists()
+
+
+def test_another_instance_of_the_same_developer_that_waits_is_refused_and_overwrites_nothing(
+    instance: Path, home: Home, ground: Any, tmp_path: Path
+) -> None:
+    ground.truth("paper")
+    other = Path(shutil.copytree(ground.folder / "paper-0", tmp_path / "other"))
+    before = inspected(instance, home)
+    shutil.move(waiting(other, home), instance / SIGNING)
+    with pytest.raises(ManifestMismatch, match="instance"):
+        signing.finish(instance, home)
+    assert len(list((instance / SIGNING).iterdir())) == len(signing.DOCUMENTS)
+    shutil.rmtree(instance / SIGNING)
+    assert inspected(instance, home) == before
+
+
+def test_what_waits_for_another_server_part_is_refused(instance: Path, home: Home) -> None:
+    folder = waiting(instance, home)
+    manifest = Manifest.load(folder / "manifest.json", home.developer.public_key())[0]
+    changed = manifest.model_copy(update={"server": {**manifest.server, "config.json": FileDigest.of(b"another")}})
+    for name in ("manifest.json", "manifest.json.sig"):
+        (folder / name).unlink()
+    digest = changed.write(folder / "manifest.json", home.developer)
+    secrets = open_secrets((folder / "secrets.sealed").read_bytes(), home.sealing)
+    bound = seal_secrets(secrets.model_copy(update={"manifest_digest": digest}), home.sealing.public_key())
+    (folder / "secrets.sealed").write_bytes(bound)
+    with pytest.raises(ManifestMismatch, match="server part"):
+        signing.finish(instance, home)
 
 
 def test_secrets_of_another_manifest_that_wait_are_refused(instance: Path, home: Home) -> None:

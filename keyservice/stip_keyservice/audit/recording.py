@@ -144,11 +144,17 @@ class Recording:
         partial = path.with_name(path.name + PARTIAL)
         try:
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)  # it has prompts
+                raise
+        except FileExistsError:
+            raise _refused("file", f"{partial}, which is there already", "none: remove it, and write again") from None
         except OSError as error:
             raise ConfigurationError(f"recording {path}: {error.strerror}", field="recording") from None
 
@@ -160,6 +166,8 @@ class Recording:
         another instance, epoch or server part, and for a file that is not of the format.
         """
         try:
+            if not path.is_file() and path.exists():  # a pipe would be waited for
+                raise _refused("file", "no file", "a file that a recorder wrote")
             if (size := path.stat().st_size) > FILE_LIMIT:
                 raise _refused("size", f"{size} bytes", f"at most {FILE_LIMIT}")
             with safe_open(path, "numpy") as file:
@@ -170,7 +178,9 @@ class Recording:
         except OSError as error:
             raise ConfigurationError(f"recording {path}: {error.strerror or error}", field="recording") from None
         except SafetensorError as error:
-            raise _refused("file", f"no safetensors ({error})"[:200], "a file that a recorder wrote") from None
+            raise _refused(
+                "file", f"no safetensors ({ascii(str(error))[1:-1]})"[:200], "a file that a recorder wrote"
+            ) from None
         _require_values(header, arrays)
         return cls.of(manifest, tuple(_unpacked(header, arrays)))
 

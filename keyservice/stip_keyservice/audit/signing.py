@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from stip_keyservice.audit.document import Report
 from stip_keyservice.audit.recording import server_digest
 from stip_keyservice.home import Home
+from stip_protocol.documents import explain
 from stip_protocol.durable import PARTIAL, sync_folder, write_atomically
 from stip_protocol.errors import ConfigurationError, ManifestMismatch
 from stip_protocol.leakage import REPORT_LIMIT, REPORT_NAME
@@ -96,19 +99,34 @@ def _require_subject(report: Report, manifest: Manifest) -> None:
 
 
 def _require_ours(directory: Path, home: Home) -> None:
-    """What waits, together with what has its place already, must be one signed whole of the same server part."""
+    """What waits, together with what has its place already, must be one signed whole, of the server part that is here.
+
+    The manifest that is here tells: it takes its new place last, so it is the old one, or the new one itself.
+    """
     place = {name: directory / SIGNING / name for name in DOCUMENTS}
     data = {name: (path if path.exists() else directory / name).read_bytes() for name, path in place.items()}
     manifest = Manifest.parse(data[MANIFEST], data[SIGNATURE], home.developer.public_key())
+    here = _here(directory / MANIFEST)
     secrets = open_secrets(data[SECRETS], home.sealing)
     summary = manifest.leakage
     for what, got, expected in (
-        ("instance", secrets.instance, manifest.instance),
+        ("instance", manifest.instance, here.instance),
+        ("epoch", manifest.epoch, here.epoch),
+        ("server part", server_digest(manifest), server_digest(here)),
+        ("secrets' instance", secrets.instance, manifest.instance),
         ("manifest digest", secrets.manifest_digest, hashlib.sha256(data[MANIFEST]).digest()),
         ("report", hashlib.sha256(data[REPORT_NAME]).hexdigest(), summary and summary.report_sha256),
     ):
         if got != expected:
             raise ManifestMismatch.because(f"{SIGNING}, {what}", "another", "the one of the signed manifest")
+
+
+def _here(path: Path) -> Manifest:
+    """A manifest without its signature, which may have been replaced already."""
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ManifestMismatch(f"{path.name}: {explain(error)}") from None
 
 
 @contextmanager
