@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ from click.testing import CliRunner, Result
 
 from stip_keyservice.audit import signing
 from stip_keyservice.audit.attacks import MODULES
-from stip_keyservice.audit.command import audit, leakage_report
+from stip_keyservice.audit.command import _interval, _stoppable, _Stopped, audit, leakage_report
 from stip_keyservice.audit.corpus import SCALES, Scale
-from stip_keyservice.audit.document import Report
+from stip_keyservice.audit.document import Bounds, Report
 from stip_keyservice.audit.knowledge import KNOWLEDGE
 from stip_keyservice.cli import main
 from stip_keyservice.home import Home
 from stip_keyservice.service.instances import inspect
+from stip_protocol.leakage import Interval
 from stip_protocol.manifest import SIGNING, Manifest
 
 from .conftest import MODEL
@@ -30,7 +33,8 @@ TINY = Scale(length=24, prompt=12, victims=4, accomplice=100, public=200, held_o
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCALES, "quick", TINY)
+    for name in SCALES:
+        monkeypatch.setitem(SCALES, name, TINY)
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def instance(ground: Any, tmp_path: Path) -> Path:
 
 
 def command(instance: Path, home: Path, *options: str | Path) -> Result:
-    arguments = [instance, "--model", MODEL, "--home", home, "--scale", "quick", *options]
+    arguments = [instance, "--model", MODEL, "--home", home, *options]
     return CliRunner().invoke(audit, [*map(str, arguments)])
 
 
@@ -82,6 +86,9 @@ def test_a_whole_audit_is_signed_unless_told_otherwise_and_said_as_json(
     unsigned = command(instance, home.path, *chosen, "--no-sign")
     assert unsigned.exit_code == 0, unsigned.output
     assert json.loads(unsigned.stdout)["manifest_digest"] is None
+    little = command(instance, home.path, *chosen[:4], "--scale", "quick")
+    assert little.exit_code == 0, little.output
+    assert "Not signed: --scale quick" in little.stdout
     assert manifest(instance, home).leakage is None
     done = command(instance, home.path, *chosen, "--out", tmp_path / "report")
     assert done.exit_code == 0, done.output
@@ -183,3 +190,65 @@ def test_the_key_services_command_line_has_both(tmp_path: Path, home: Home) -> N
     listed = CliRunner().invoke(main, ["--help"]).stdout
     assert "audit " in listed
     assert "leakage-report " in listed
+
+
+@pytest.mark.parametrize(
+    "origin", ["\x1b[31mred", "two\nlines", "right\N{RIGHT-TO-LEFT OVERRIDE}left", "\udcff", "x" * 201]
+)
+def test_an_origin_that_no_page_can_show_is_refused_before_anything_runs(
+    instance: Path, home: Home, origin: str
+) -> None:
+    done = command(instance, home.path, "--origin", origin, "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["message"].startswith("origin: got")
+    assert manifest(instance, home).leakage is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs_or_is_signed(
+    instance: Path, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the audit ran")
+
+    monkeypatch.setattr("stip_keyservice.audit.run.Audit.run", never)
+    (tmp_path / "file").write_text("mine")
+    done = command(instance, home.path, "--out", tmp_path / "file")
+    assert done.exit_code == 2
+    assert "out" in done.stderr
+    assert manifest(instance, home).leakage is None
+
+
+def test_what_was_stopped_leaves_nothing_says_so_and_has_the_signals_code(
+    instance: Path, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    seen: list[int] = []
+
+    def stopped(text: Any, folder: Path, **_: Any) -> None:
+        seen.append(folder.parent.stat().st_mode & 0o777)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("stip_keyservice.audit.surrogate.train", stopped)
+    done = command(instance, home.path, "--json")
+    assert (done.exit_code, seen) == (143, [0o700])
+    assert json.loads(done.stdout)["error"]["code"] == "cancelled"
+    assert not list((tmp_path / "temporary").iterdir())
+    assert manifest(instance, home).leakage is None
+
+
+def test_a_second_signal_does_not_end_the_tidying() -> None:
+    tidied = []
+    with pytest.raises(_Stopped), _stoppable():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            tidied.append(True)
+    assert tidied == [True]
+
+
+def test_a_figure_that_is_no_share_is_not_shown_as_one() -> None:
+    assert _interval(Bounds(value=31.5, low=30, high=33)) == "31.5 (30.0-33.0)"
+    assert _interval(Interval(value=0.5, low=0.4, high=0.6)) == "50.0 % (40.0-60.0)"

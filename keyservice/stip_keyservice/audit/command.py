@@ -9,6 +9,7 @@ import hashlib
 import json
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,21 +22,23 @@ from rich.console import Console
 from rich.table import Table
 
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.commands.process import bars, fail, prepare, refuse_core_dumps
+from stip_keyservice.protect.commands.process import bars, fail, prepare, refuse_core_dumps, say
 from stip_keyservice.protect.progress import LINE_SECONDS
 from stip_protocol.documents import explain
 from stip_protocol.durable import write_atomically
-from stip_protocol.errors import ConfigurationError, StipError
+from stip_protocol.errors import Cancelled, ConfigurationError, StipError
 from stip_protocol.leakage import REPORT_LIMIT, REPORT_NAME
 
 if TYPE_CHECKING:
-    from stip_keyservice.audit.document import Bounds, Metric, Report
+    from stip_keyservice.audit.document import Bounds, Report
     from stip_keyservice.audit.run import Progress
     from stip_protocol.leakage import Interval
 
 SCALES = ("quick", "default")
 EXIT_SIGNAL = 128
 """Plus the number of the signal that stopped the command, as shells report it."""
+ORIGIN_LIMIT = 200
+"""Characters of `--origin`."""
 
 EPILOG = """\b
 Attacks, by letter:
@@ -133,13 +136,16 @@ Exit codes:
     type=click.Choice(SCALES),
     default="default",
     show_default=True,
-    help="How much is said. quick shows that everything runs; its figures say little.",
+    help="How much is said. quick shows that everything runs; its figures say little, and are never signed.",
 )
-@click.option("--origin", default="", help='What MODEL is, for readers of the report: "a fine-tune of X".')
+@click.option(
+    "--origin", default="", help='What MODEL is, for readers of the report: "a fine-tune of X".  [default: nothing]'
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for leakage.json, index.html and leakage.md.  [default: none]",
+    help="Folder for leakage.json, index.html and leakage.md, not in INSTANCE; made where it is missing.  [default:"
+    " none is written]",
 )
 @click.option(
     "--home",
@@ -178,8 +184,8 @@ def audit(
 
     The report's summary is signed into the manifest of INSTANCE, with leakage.json beside it, and the key service's
     policy can hold instances to it. That gives INSTANCE a new manifest digest: audit before `stip-keyservice instances
-    add`, and before manifest and server part go to the operator. An audit of some attacks or some knowledge alone is
-    never signed.
+    add`, and before manifest and server part go to the operator. An audit of some attacks or some knowledge alone, or with
+    --scale quick, is never signed.
 
     The same instance, traffic, seed and versions of the libraries give the same leakage.json.
     """
@@ -206,7 +212,10 @@ def audit(
                 scale=scale,
                 origin=origin,
             )
+            _require_origin(origin)
             _require_apart(out, instance)
+            if out is not None:
+                _made(out)
             if not no_sign:
                 signing.finish(instance, opened)
             report = todo.run(opened, progress)
@@ -217,16 +226,22 @@ def audit(
                 _write([report], out, report.to_json())
     except StipError as error:
         fail(error, as_json)
+    except _Stopped as stopped:
+        say(Cancelled(f"stopped by {signal.Signals(stopped.number).name}"), as_json)
+        sys.exit(EXIT_SIGNAL + stopped.number)
     if as_json:
         click.echo(json.dumps(_summary(report, digest)))
     elif not quiet:
-        _show(report, digest, "it is of some attacks or knowledge alone" if not todo.whole else "--no-sign")
+        _show(report, digest, todo.lacking or "--no-sign")
 
 
 @click.command(name="leakage-report", epilog=REPORT_EPILOG)
 @click.argument("files", metavar="FILE...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for index.html and leakage.md; made anew."
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for index.html and leakage.md; made where it is missing.",
 )
 def leakage_report(files: tuple[Path, ...], out: Path) -> None:
     """Put the reports of several audits (each FILE a leakage.json) beside each other on one page.
@@ -256,11 +271,27 @@ def _require_apart(out: Path | None, instance: Path) -> None:
         raise ConfigurationError.because("out", f"{out}, in the instance", "a folder elsewhere")
 
 
+def _require_origin(origin: str) -> None:
+    """It stands in the report, and on pages. Raises `ConfigurationError`."""
+    if len(origin) > ORIGIN_LIMIT or not origin.isprintable():
+        raise ConfigurationError.because("origin", ascii(origin)[:60], f"up to {ORIGIN_LIMIT} printable characters")
+
+
+def _made(out: Path) -> None:
+    """The folder for the report, before minutes go into one. Raises `ConfigurationError` where it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"out {out}: {error.strerror}", field="out") from None
+
+
 def _write(reports: Sequence[Report], out: Path, data: bytes | None = None) -> None:
     from stip_keyservice.audit.report import pages
 
+    _made(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if data is not None:
             write_atomically(out / REPORT_NAME, data)
         pages.write(reports, out)
@@ -309,15 +340,27 @@ def _progress(quiet: bool) -> Iterator[Progress]:
         yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total)
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Signals end the command as an exception, so that its temporary folder goes."""
+    """Signals end the command as an exception, so that its temporary folder goes. One is enough: those of somebody
+    impatient would end the tidying."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        click.echo(f"error: stopped by {signal.Signals(number).name}", err=True)
-        sys.exit(EXIT_SIGNAL + number)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
@@ -351,11 +394,14 @@ def _show(report: Report, digest: bytes | None, unsigned: str) -> None:
         table.add_column(name, no_wrap=True)
     for name in ("Found", "Guessed"):
         table.add_column(name, no_wrap=True, justify="right")
+    from stip_keyservice.audit.report.judging import Level, judge, main
+
     measured = sorted((cell for cell in report.cells if cell.metrics), key=lambda cell: cell.attack)
     for cell in measured:
-        metric = cell.metrics[0]
+        metric = main(cell)
+        assert metric is not None  # the cell has some
         found, guessed = _interval(metric.measured), _interval(metric.prior)
-        style = "bold" if _beats(metric) else ""
+        style = "bold" if judge(metric) >= Level.SOME else ""
         table.add_row(cell.attack, cell.knowledge, metric.name, found, guessed, style=style)
     console = Console()
     console.print(table)
@@ -369,11 +415,9 @@ def _show(report: Report, digest: bytes | None, unsigned: str) -> None:
 
 
 def _interval(of: Interval | Bounds | None) -> str:
+    from stip_keyservice.audit.document import Bounds
+
     if of is None:
         return ""
-    return f"{100 * of.value:.1f} % ({100 * of.low:.1f}-{100 * of.high:.1f})"
-
-
-def _beats(metric: Metric) -> bool:
-    """Whether an attack found more than a guess, beyond the intervals of both."""
-    return metric.prior is None or metric.measured.low > metric.prior.high
+    scale, sign = (1, "") if isinstance(of, Bounds) else (100, " %")
+    return f"{scale * of.value:.1f}{sign} ({scale * of.low:.1f}-{scale * of.high:.1f})"

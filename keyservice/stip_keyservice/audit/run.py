@@ -81,8 +81,15 @@ class Audit:
 
     @property
     def whole(self) -> bool:
-        """Whether every attack is run with all knowledge. Only a whole audit says what does not leak."""
-        return set(self.attacks) == set(MODULES) and set(self.knowledge) == set(KNOWLEDGE)
+        """Whether nothing is lacking. Only a whole audit says what does not leak."""
+        return not self.lacking
+
+    @property
+    def lacking(self) -> str:
+        """Why this is no whole audit, for people; empty where it is one."""
+        if set(self.attacks) != set(MODULES) or set(self.knowledge) != set(KNOWLEDGE):
+            return "it is of some attacks or knowledge alone"
+        return "--scale quick, which gives attackers too little" if self.scale == "quick" else ""
 
     def run(self, home: Home, progress: Progress = silent) -> Report:
         """Run it. Raises `ConfigurationError` for input that is refused, `IntegrityError` where the instance is not

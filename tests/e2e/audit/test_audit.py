@@ -30,7 +30,7 @@ def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(2 * SECONDS)
-def test_a_run_is_recorded_audited_and_signed_and_the_next_audit_finds_the_same(tmp_path: Path) -> None:
+def test_a_run_is_recorded_and_audited_and_the_next_audit_finds_the_same(tmp_path: Path) -> None:
     out = tmp_path / "audit"
     chosen = "--quick", "--case", "hardened", "--out", str(out)
     first = audit(*chosen)
@@ -46,8 +46,7 @@ def test_a_run_is_recorded_audited_and_signed_and_the_next_audit_finds_the_same(
     manifest, _ = Manifest.load(
         out / "instances" / "hardened" / "manifest.json", Home.open(out / "home").developer.public_key()
     )
-    assert manifest.leakage is not None
-    assert manifest.leakage.report_sha256 == digest
+    assert manifest.leakage is None, "so little text is no audit to rely on"
     assert report.subject.server_sha256 == server_digest(manifest)
     (recording,) = (out / "recordings").iterdir()
     assert stat.S_IMODE(recording.stat().st_mode) == 0o600
