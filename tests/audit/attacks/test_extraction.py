@@ -4,16 +4,21 @@ run, and learn."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from stip_keyservice.audit import matrix
 from stip_keyservice.audit.attacks import attack, extraction
+from stip_keyservice.audit.attacks.stolen import tabulate
 from stip_keyservice.audit.attacks.training import batches, descend
 from stip_keyservice.audit.claims import Claims
-from stip_keyservice.audit.view import NotApplicable, View
+from stip_keyservice.audit.traffic import observe
+from stip_keyservice.audit.view import Accomplice, NotApplicable, View
+from tests.audit.attacks import relatives
 
 NAMES = ["from scratch", "train-transformed", "train-linear"]
 
@@ -113,6 +118,37 @@ def test_the_same_view_trains_the_same_models(ground: Any) -> None:
     once, again = (dict(attack("J").run(view).stolen) for _ in range(2))
     for name in NAMES:
         np.testing.assert_array_equal(once[name].logits(text), again[name].logits(text))
+
+
+def test_a_stolen_model_with_dropout_answers_the_same_each_time(ground: Any, tmp_path: Path) -> None:
+    known = relatives.protected(ground, relatives.tiny("gpt2", tmp_path / "plain"), tmp_path / "made", "hardened")
+    assert known.server.model.config.resid_pdrop > 0
+    said = relatives.texts(8)
+    own = relatives.tiny("llama", tmp_path / "own", tied=True)
+    labelled = [observe(known, text, relatives.PROMPT) for text in said[4:]]
+    helping = Accomplice(labelled, matrix.decoder(known))
+    view = relatives.view(known, said[:4], accomplice=helping, surrogate=own)
+    for name, stolen in attack("J").run(view).stolen:
+        np.testing.assert_array_equal(stolen.logits(said[0]), stolen.logits(said[0]), err_msg=name)
+
+
+def test_sessions_longer_than_any_that_is_labelled_are_read_where_positions_are_learned(
+    ground: Any, tmp_path: Path
+) -> None:
+    known = relatives.protected(ground, relatives.tiny("gpt2", tmp_path / "plain"), tmp_path / "made", "paper")
+    said = relatives.texts(40)
+    labelled = [observe(known, text[:10], relatives.PROMPT) for text in said[2:]]
+    table = tabulate(relatives.view(known, said[:2]), labelled)
+    assert table.positions is not None
+    shifts = table.shifts(19)
+    np.testing.assert_array_equal(shifts[:9], table.positions)
+    assert (shifts[9:] == table.positions[-1]).all()
+    own = relatives.tiny("llama", tmp_path / "own", tied=True)
+    helping = Accomplice(labelled, matrix.decoder(known))
+    view = relatives.view(known, said[:2], accomplice=helping, surrogate=own)
+    points = attack("J").run(view).points
+    assert points
+    assert all(len(point.tokens[0]) == 19 for point in points)
 
 
 @pytest.mark.parametrize("preset", ["paper", "hardened", "throughput"])

@@ -105,3 +105,8 @@ def test_a_discriminant_separates_what_is_separable() -> None:
     labels = np.repeat(np.array([3, 7, 8, 20, 21]), 40)
     features = (np.repeat(centres, 40, axis=0) + generator.normal(0, 0.05, (200, 8))).astype(np.float32)
     assert (discriminant(features, labels).best(features, 1)[:, 0] == labels).mean() > 0.99
+
+
+def test_one_label_is_all_that_a_classifier_of_one_example_knows() -> None:
+    found = discriminant(np.ones((1, 3), np.float32), np.array([7]))
+    np.testing.assert_array_equal(found.best(np.zeros((2, 3), np.float32), 10), [[7], [7]])

@@ -60,6 +60,18 @@ def test_learned_positions_are_told_from_tokens(ground: Any, tmp_path: Path, pre
     assert right(claims.tokens, said).mean() > 0.99
 
 
+def test_positions_that_nobody_labelled_are_taken_for_the_last_one_that_was(ground: Any, tmp_path: Path) -> None:
+    plain = relatives.tiny("gpt2", tmp_path / "plain")
+    known, twin = (relatives.protected(ground, plain, tmp_path / name, "hardened") for name in ("one", "two"))
+    labelled = [observe(twin, text[: relatives.LENGTH // 2], relatives.PROMPT) for text in relatives.texts(160)]
+    said = relatives.texts(164)[160:]
+    claims = linking.run(relatives.view(known, said, sibling=Sibling(twin.server, labelled)))
+    assert claims.tokens is not None
+    behind = relatives.LENGTH // 2 + 1
+    far = [guess[behind:] for guess in claims.tokens]
+    assert right(far, [text[behind:] for text in said]).mean() > 0.5
+
+
 def test_an_instance_of_an_unrelated_model_links_to_nothing(ground: Any, tmp_path: Path) -> None:
     stranger = relatives.unrelated(ground.plain, tmp_path / "plain")
     twin = relatives.protected(ground, stranger, tmp_path / "made", "hardened")

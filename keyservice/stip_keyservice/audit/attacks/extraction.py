@@ -98,7 +98,7 @@ def _curve(view: View, table: Tabulated, known: Ids) -> tuple[list[Point], dict[
 
 def _nearest(mapped: Floats, table: Tabulated, rows: Floats) -> Ids:
     """[n, GUESSES] tokens whose mapped rows [V, d] are nearest to a session's rows [n, d]."""
-    tokens = rows if table.positions is None else rows - table.positions[: len(rows)]
+    tokens = rows - table.shifts(len(rows))
     distances = (mapped**2).sum(axis=1) - 2 * tokens @ mapped.T
     return np.argsort(distances, axis=1, kind="stable")[:, :GUESSES]
 
@@ -110,7 +110,7 @@ def _trained(view: View, table: Tabulated, fit: LinearFit, texts: Sequence[Ids])
     for name, build in BUILDS.items():
         with torch.random.fork_rng():
             torch.manual_seed(int(view.generator(name).integers(2**31)))
-            model = build(view, table, fit)
+            model = build(view, table, fit).train(False)  # a family's dropout would make every answer another one
             descend(model.parameters(), _loss(model, order), steps=len(order), rate=RATE)
         stolen.append((name, model.requires_grad_(False)))
     return stolen

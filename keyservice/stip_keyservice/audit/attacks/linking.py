@@ -27,7 +27,8 @@ def run(view: View) -> Claims:
     found = align(ours, theirs, view.generator("linking"))
     table = tabulate(replace(view, server=view.sibling.server), view.sibling.labelled)
     known = np.flatnonzero(table.known)
-    entry = Entry(table.rows[known], table.positions, 0.0)
+    longest = max(map(len, view.victims))
+    entry = Entry(table.rows[known], None if table.positions is None else table.shifts(longest), 0.0)
     return Claims(
         tokens=[known[guesses] for guesses in read_rows(view, entry, found.key)],
         vocabulary=_labelled_order(server_vocabulary(ours, theirs, found.key), view.sibling),

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from stip_keyservice.audit.attacks import Attack
-from stip_keyservice.audit.attacks.stolen import accomplice_of
+from stip_keyservice.audit.attacks.stolen import accomplice_of, by_position
 from stip_keyservice.audit.claims import NO_GUESS, Claims
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.view import Accomplice, Ids, Seen, View
@@ -27,17 +27,8 @@ MOVED = 0.3
 
 def _run(view: View) -> Claims:
     accomplice, generator = accomplice_of(view), view.generator("splicing")
-    return Claims(tokens=[_aligned(seen, _read(accomplice, seen, generator)) for seen in view.victims], scope="answers")
-
-
-def _aligned(seen: Seen, read: Ids) -> Ids:
-    """[n, k] guesses by position from `read` [m, k] by answer: the answer behind position p is the id at p + 1, if that
-    was fed."""
-    guesses = np.full((len(seen), read.shape[1]), NO_GUESS)
-    behind = seen.asked[: len(read)] + 1
-    fed = behind < len(seen)
-    guesses[behind[fed]] = read[fed]
-    return guesses
+    tokens = [by_position(seen, _read(accomplice, seen, generator)) for seen in view.victims]
+    return Claims(tokens=tokens, scope="answers")
 
 
 def _read(accomplice: Accomplice, seen: Seen, generator: np.random.Generator) -> Ids:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stip_keyservice.audit.claims import NO_GUESS
 from stip_keyservice.audit.network import Network
 from stip_keyservice.audit.view import Accomplice, Floats, Ids, Labelled, NotApplicable, Seen, View
 
@@ -32,6 +33,16 @@ def accomplice_of(view: View) -> Accomplice:
 def text_of(session: Labelled) -> Ids:
     """[n + 1] true ids: those that were fed, and the last answer."""
     return np.append(session.ids, session.answers[-1])
+
+
+def by_position(seen: Seen, read: Ids) -> Ids:
+    """[n, k] guesses by position from `read` [m, k] by answer: the answer behind position p is the id at p + 1, if that
+    was fed."""
+    guesses = np.full((len(seen), read.shape[1]), NO_GUESS)
+    behind = seen.asked[: len(read)] + 1
+    fed = behind < len(seen)
+    guesses[behind[fed]] = read[fed]
+    return guesses
 
 
 def rows_of(view: View, sessions: Sequence[Seen]) -> Iterator[Floats]:
@@ -60,11 +71,15 @@ class Tabulated:
     """[V] tokens that were seen."""
 
     def enter(self, ids: Ids) -> Floats:
-        """[n, d]: what enters the first layer for ids [n]. Positions never seen look like the last one that was."""
-        rows = self.rows[ids]
+        """[n, d]: what enters the first layer for ids [n]."""
+        return self.rows[ids] + self.shifts(len(ids))
+
+    def shifts(self, count: int) -> Floats:
+        """[count, d] what the first positions add: nothing where none are learned. Positions never seen look like the
+        last one that was."""
         if self.positions is None:
-            return rows
-        return rows + self.positions[np.minimum(np.arange(len(ids)), len(self.positions) - 1)]
+            return np.zeros((count, self.rows.shape[1]), np.float32)
+        return self.positions[np.minimum(np.arange(count), len(self.positions) - 1)]
 
 
 def tabulate(view: View, labelled: Sequence[Labelled]) -> Tabulated:

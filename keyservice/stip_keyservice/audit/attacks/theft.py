@@ -23,6 +23,7 @@ from stip_keyservice.audit.attacks.stolen import (
     ServerCopy,
     Tabulated,
     accomplice_of,
+    by_position,
     tabulate,
     text_of,
 )
@@ -103,16 +104,10 @@ def _curve(view: View, labelled: Sequence[Labelled]) -> list[Point]:
 def _under(order: Ids, seen: Seen) -> Ids:
     """[n, k] guesses of one session's answers under a guessed order."""
     if seen.ids is not None:
-        guesses = np.full((len(seen), 1), NO_GUESS)
-        behind = seen.asked[:-1] + 1
-        guesses[behind, 0] = order[seen.ids[behind]]
-        return guesses
+        behind = seen.asked + 1
+        return by_position(seen, order[seen.ids[behind[behind < len(seen)]]][:, None])
     assert seen.top is not None
-    guesses = np.full((len(seen), GUESSES), NO_GUESS)
-    behind = seen.asked + 1
-    fed = behind < len(seen)
-    guesses[behind[fed]] = order[seen.top.indices[fed, :GUESSES]]
-    return guesses
+    return by_position(seen, order[seen.top.indices[:, :GUESSES]])
 
 
 def _orders(view: View, labelled: Sequence[Labelled]) -> Iterator[tuple[int, Ids]]:

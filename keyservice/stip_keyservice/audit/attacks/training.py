@@ -51,7 +51,8 @@ def discriminant(features: Floats, labels: Ids) -> LinearClassifier:
     means /= counts[:, None]
     within = wide - means[place]
     covariance = within.T @ within / len(wide)
-    covariance += SHRINKAGE * wide.var(axis=0).mean() * np.eye(wide.shape[1])
+    spread = wide.var(axis=0).mean() or 1.0  # of a single label nothing varies
+    covariance += SHRINKAGE * spread * np.eye(wide.shape[1])
     weight = np.asarray(np.linalg.solve(covariance, means.T).T, np.float64)
     return LinearClassifier(seen, weight, np.log(counts / len(wide)) - 0.5 * (weight * means).sum(axis=1))
 
