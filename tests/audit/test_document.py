@@ -113,6 +113,13 @@ def test_of_several_models_the_summary_has_the_most_that_any_reaches() -> None:
     assert summarised.metrics == {"stolen_agreement": Interval(value=0.5, low=0.49, high=0.65)}
 
 
+def test_a_cell_without_a_share_is_in_the_report_and_not_in_its_summary() -> None:
+    perplexity = metric("stolen_perplexity", Bounds(value=31.0, low=30.0, high=33.0))
+    whole = report(cell(perplexity), cell(metric("token_top1", interval(0.5)), attack="C"))
+    assert len(whole.cells) == 2
+    assert [each.attack for each in whole.summary().cells] == ["C"]
+
+
 def test_there_is_no_negative_zero() -> None:
     whole = report(cell(metric("token_top1", interval(0.0)), figures={"difference": -1e-9}))
     assert b"-0.0" not in whole.to_json()

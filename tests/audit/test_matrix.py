@@ -156,6 +156,14 @@ def test_who_is_not_there_is_said(ground: Any, row: str, words: str) -> None:
     assert words in str(reason)
 
 
+def test_a_second_instance_without_a_user_there_is_no_sibling(ground: Any) -> None:
+    material = ground.material("paper", "sibling")
+    lonely = replace(material, twin=replace(material.twin, labelled=[]))
+    reason = matrix.views(lonely, ["sibling"])["sibling"]
+    assert isinstance(reason, NotApplicable)
+    assert "no user of the second instance" in str(reason)
+
+
 # Bases.
 
 

@@ -13,7 +13,8 @@ from stip_keyservice.audit import priors
 from stip_keyservice.audit.claims import NO_GUESS, Claims, Point
 from stip_keyservice.audit.document import Bounds, Metric
 from stip_keyservice.audit.scoring import ClaimInvalid, Judge, Scores
-from stip_keyservice.audit.view import Floats, Ids
+from stip_keyservice.audit.traffic import observe
+from stip_keyservice.audit.view import Floats, Ids, Labelled, NotApplicable
 from stip_protocol.leakage import Interval
 
 
@@ -308,10 +309,26 @@ def test_a_vocabulary_that_no_server_sees_cannot_be_claimed(court: Court) -> Non
         court.judge("hardened").score(Claims(vocabulary=np.arange(2048)))
 
 
-def test_answers_cannot_be_claimed_where_nobody_asked(court: Court, ground: Any) -> None:
-    silent = [
-        replace(victim, seen=replace(victim.seen, asked=np.array([], np.int64)))
-        for victim in ground.material("paper").victims
-    ]
-    with pytest.raises(ClaimInvalid, match="no victim's session has a position"):
-        court.judge(victims=silent).score(Claims(tokens=court.right, scope="answers"))
+def silent(ground: Any) -> list[Labelled]:
+    """Victims who were answered nothing."""
+    victims = ground.material("paper").victims
+    return [replace(victim, seen=replace(victim.seen, asked=np.array([], np.int64))) for victim in victims]
+
+
+def test_answers_that_nobody_was_given_are_not_applicable_and_no_figure_of_0(court: Court, ground: Any) -> None:
+    with pytest.raises(NotApplicable, match="an answer"):
+        court.judge(victims=silent(ground)).score(Claims(tokens=court.right, scope="answers"))
+
+
+def test_what_else_was_claimed_counts_where_nobody_was_answered(court: Court, ground: Any) -> None:
+    points = (Point("labelled tokens", 1.0, court.right),)
+    order = ground.truth("paper").vocabulary
+    scores = court.judge(victims=silent(ground)).score(Claims(vocabulary=order, points=points, scope="answers"))
+    assert [metric.name for metric in scores.metrics] == ["vocabulary_recovered"]
+    assert scores.points == ()
+
+
+def test_a_beginning_that_everybody_knows_is_all_that_was_said(court: Court, ground: Any) -> None:
+    first = [observe(ground.truth("paper"), text[:2], 1) for text in ground.victims]
+    with pytest.raises(NotApplicable, match="behind its beginning"):
+        court.judge(victims=first).score(Claims(tokens=[text[:1] for text in court.right]))

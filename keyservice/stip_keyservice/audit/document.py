@@ -166,10 +166,17 @@ class Report(_Frozen):
         return cls.model_validate_json(data)
 
     def summary(self) -> Leakage:
-        """What the signed manifest says of it: the figures of the JSON, digit for digit."""
+        """What the signed manifest says of it: the figures of the JSON, digit for digit.
+
+        A cell none of whose figures is `SUMMARISED` is left out: to a policy, it was not measured.
+        """
         data = self.to_json()
-        cells = tuple(_summarised(cell) for cell in self.from_json(data).cells)
+        cells = tuple(_summarised(cell) for cell in self.from_json(data).cells if _has_summary(cell))
         return Leakage(report_sha256=hashlib.sha256(data).hexdigest(), seed=self.seed, cells=cells)
+
+
+def _has_summary(cell: Cell) -> bool:
+    return cell.not_applicable is not None or any(metric.name in SUMMARISED for metric in cell.metrics)
 
 
 def _summarised(cell: Cell) -> LeakageCell:

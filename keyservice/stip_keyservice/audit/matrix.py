@@ -127,6 +127,8 @@ def decoder(truth: Truth) -> Callable[[Seen], Ids]:
 def _sibling(view: View, material: Material) -> View:
     if material.twin is None:
         raise NotApplicable("there is no second instance of this model")
+    if not material.twin.labelled:
+        raise NotApplicable("no user of the second instance helps")
     return replace(view, sibling=Sibling(material.twin.truth.server, material.twin.labelled))
 
 

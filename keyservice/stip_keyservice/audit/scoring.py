@@ -15,7 +15,7 @@ from stip_keyservice.audit.claims import NO_GUESS, Claims, Stolen
 from stip_keyservice.audit.document import Bounds, Metric, Point
 from stip_keyservice.audit.intervals import by_session, exact, exponential_mean, share, wilson
 from stip_keyservice.audit.material import Material
-from stip_keyservice.audit.view import Ids
+from stip_keyservice.audit.view import Ids, NotApplicable
 from stip_protocol.leakage import Interval
 
 Positions = Sequence[Ids]
@@ -29,6 +29,9 @@ class Scores:
     metrics: tuple[Metric, ...]
     points: tuple[Point, ...]
     figures: dict[str, float]
+
+
+_SCOPES = {"all": "text behind its beginning", "answers": "an answer that was fed"}
 
 
 class ClaimInvalid(Exception):
@@ -46,26 +49,34 @@ class Judge:
     def score(self, claims: Claims) -> Scores:
         """Every figure that these claims allow.
 
-        Raises `ClaimInvalid` where they have not the form that `Claims` says, or claim nothing at all.
+        Raises `ClaimInvalid` where they have not the form that `Claims` says, or claim nothing at all, and
+        `NotApplicable` where all that they claim is tokens, and none was said that counts.
         """
-        found = (*self._tokens(claims), *self._keys(claims), *self._stolen(claims))
+        scope = self._scope(claims)
+        counts = any(map(len, scope))
+        found = (*self._tokens(claims, scope), *self._keys(claims), *self._stolen(claims))
+        if not found and claims.tokens is not None:
+            raise NotApplicable(f"nothing of a victim's session counts: none of it is {_SCOPES[claims.scope]}")
         if not found:
             raise ClaimInvalid("claims: nothing that can be held against the truth")
         if strange := [name for name, value in claims.figures.items() if not math.isfinite(value)]:
             raise ClaimInvalid(f"claims: figures {strange} are not finite")
         points = tuple(
-            Point(curve=point.curve, x=point.x, measured=self._top(self._checked(point.tokens), self._scope(claims), 1))
+            Point(curve=point.curve, x=point.x, measured=self._top(self._checked(point.tokens), scope, 1))
             for point in claims.points
+            if counts
         )
         original = {"plain_perplexity": self._plain[1].value} if claims.stolen else {}
         return Scores(found, points, claims.figures | original)
 
     # Tokens.
 
-    def _tokens(self, claims: Claims) -> Iterator[Metric]:
+    def _tokens(self, claims: Claims, scope: Positions) -> Iterator[Metric]:
         if claims.tokens is None:
             return
-        tokens, scope = self._checked(claims.tokens), self._scope(claims)
+        tokens = self._checked(claims.tokens)
+        if not any(map(len, scope)):
+            return
         positions, sessions = sum(map(len, scope)), sum(len(each) > 0 for each in scope)
         figures: list[tuple[str, int, Callable[[Positions], Interval]]] = [
             ("token_top1", positions, lambda guesses: self._top(guesses, scope, 1)),
@@ -98,8 +109,6 @@ class Judge:
             if len(positions) and positions[0] == 0 and victim.ids[0] == known:
                 positions = positions[1:]
             scope.append(positions)
-        if not any(map(len, scope)):
-            raise ClaimInvalid(f"claims: no victim's session has a position in the scope {claims.scope}")
         return scope
 
     @cached_property

@@ -54,10 +54,10 @@ def unrelated(plain: Network, folder: Path) -> Network:
     return Network(folder)
 
 
-MODELS: dict[str, Callable[[bool], Any]] = {
-    "llama": lambda tied: cast(Any, LlamaForCausalLM)(
+MODELS: dict[str, Callable[[bool, int], Any]] = {
+    "llama": lambda tied, vocabulary: cast(Any, LlamaForCausalLM)(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=48,
             intermediate_size=80,
             num_hidden_layers=2,
@@ -69,16 +69,23 @@ MODELS: dict[str, Callable[[bool], Any]] = {
             tie_word_embeddings=tied,
         )
     ),
-    "gpt2": lambda tied: cast(Any, GPT2LMHeadModel)(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied)
+    "gpt2": lambda tied, vocabulary: cast(Any, GPT2LMHeadModel)(
+        GPT2Config(vocab_size=vocabulary, n_embd=48, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied)
     ),
 }
 
 
-def tiny(family: str, folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Network:
+def tiny(
+    family: str,
+    folder: Path,
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = VOCABULARY,
+) -> Network:
     """A model of random weights, norms included."""
     torch.manual_seed(SEED)
-    model = MODELS[family](tied)
+    model = MODELS[family](tied, vocabulary)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2)

@@ -167,9 +167,10 @@ def _collide(base: Network, attentions: Floats, inverted: Ids) -> Ids:
         if position + 1 < length:
             decided = torch.from_numpy(np.arange(sessions) * count + order[:, 0])
             cache.batch_select_indices(decided)
-            cache.batch_repeat_interleave(2 * PROPOSED)
-            expected = result.logits[decided, -1].topk(PROPOSED).indices.numpy()
+            logits = result.logits[decided, -1]
+            expected = logits.topk(min(PROPOSED, logits.shape[1])).indices.numpy()
             candidates = np.concatenate([inverted[:, position + 1, :PROPOSED], expected], axis=1)
+            cache.batch_repeat_interleave(candidates.shape[1])
     return guesses
 
 

@@ -86,7 +86,8 @@ def run(view: View) -> Claims:
     rows = np.split(inverse.astype(np.int64), np.cumsum([len(each) for each in sightings.sessions])[:-1])
     positions = np.concatenate([np.arange(len(each)) for each in rows])
     if len(np.unique(np.column_stack([inverse, positions]), axis=0)) == len(seen):
-        raise NotApplicable("no row comes at two positions: learned positions make another cipher of each")
+        why = "little was said, or learned positions make another cipher of each"
+        raise NotApplicable(f"no row comes at two positions: {why}")
     texts = [PublicText.of(view, places) for places, _ in enumerate(WEIGHTS, start=1)]
     public, counts = texts[0], np.bincount(inverse).astype(np.int64)
     tokens = public.ranked[: max(TOKENS, len(seen))]
