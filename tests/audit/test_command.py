@@ -239,13 +239,17 @@ def test_what_was_stopped_leaves_nothing_says_so_and_has_the_signals_code(
 
 def test_a_second_signal_does_not_end_the_tidying() -> None:
     tidied = []
-    with pytest.raises(_Stopped), _stoppable():
+
+    def impatient() -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
             tidied.append(True)
+
+    with pytest.raises(_Stopped), _stoppable():
+        impatient()
     assert tidied == [True]
 
 

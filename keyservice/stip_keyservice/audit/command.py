@@ -184,8 +184,8 @@ def audit(
 
     The report's summary is signed into the manifest of INSTANCE, with leakage.json beside it, and the key service's
     policy can hold instances to it. That gives INSTANCE a new manifest digest: audit before `stip-keyservice instances
-    add`, and before manifest and server part go to the operator. An audit of some attacks or some knowledge alone, or with
-    --scale quick, is never signed.
+    add`, and before manifest and server part go to the operator. An audit of some attacks or some knowledge alone, or
+    one of --scale quick, is never signed.
 
     The same instance, traffic, seed and versions of the libraries give the same leakage.json.
     """

@@ -106,6 +106,24 @@ def test_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
     assert "[a](" not in said.replace("\\[a\\](", "")
 
 
+def test_numbers_in_names_are_sorted_by_value_however_they_are_written(tmp_path: Path) -> None:
+    names = [f"rows matched {number}" for number in ("2", "10", "1²", "٣", "9" * 5000)]
+    cell = Cell(attack="F", knowledge="base", metrics=tokens(0.5), figures=dict.fromkeys(names, 0.5))
+    write([made_up("hardened").model_copy(update={"cells": (cell,)})], tmp_path)
+    line = re.search(r"F: ArrowMatch.*", (tmp_path / MARKDOWN).read_text())
+    assert line is not None
+    assert line[0].index("matched 2 ") < line[0].index("matched 10 ") < line[0].index("matched 999")
+
+
+def test_an_instance_of_which_nobody_said_what_the_model_is_has_whole_sentences(tmp_path: Path) -> None:
+    write([made_up("paper", ""), made_up("paper", "")], tmp_path)
+    page, said = ((tmp_path / name).read_text() for name in (PAGE, MARKDOWN))
+    assert "<h3>paper (1) " in page
+    assert ">Model: 5 layers" in page
+    assert "\nModel, " in said
+    assert "paper, (" not in page + said
+
+
 def test_every_measured_cell_stands_in_the_matrix_with_interval_and_guess(tmp_path: Path) -> None:
     cells = (
         Cell(attack="C", knowledge="table", metrics=tokens(0.62)),

@@ -204,8 +204,9 @@ def _of_cell(which: Measured, cell: Cell) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers in a name by their value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sorts numbers in a name by their value, whatever their length."""
+    parts = re.split(r"([0-9]+)", name)  # texts and numbers in turn
+    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (-1, part) for at, part in enumerate(parts)]
 
 
 def _metric(metric: Metric) -> str:

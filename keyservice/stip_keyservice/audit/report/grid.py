@@ -41,7 +41,7 @@ def labels(reports: Sequence[Report]) -> list[str]:
     presets = Counter(report.subject.preset for report in reports)
     names = [
         report.subject.preset
-        if presets[report.subject.preset] == 1
+        if presets[report.subject.preset] == 1 or not report.subject.origin
         else f"{report.subject.preset}, {report.subject.origin}"
         for report in reports
     ]

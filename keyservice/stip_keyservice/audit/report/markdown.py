@@ -54,7 +54,7 @@ def _reading(report: Report, name: str) -> list[str]:
     reading = words.read(report)
     subject, traffic = report.subject, report.traffic
     about = (
-        f"{subject.origin}, {subject.dtype}, {subject.layers} layers of width {subject.width}, vocabulary "
+        f"{subject.origin or 'Model'}, {subject.dtype}, {subject.layers} layers of width {subject.width}, vocabulary "
         f"{subject.vocabulary}; {traffic.sessions} sessions of users, {traffic.positions} tokens, {traffic.source}; "
         f"{traffic.accomplice_tokens} tokens of a helping user; seed {report.seed}."
     )

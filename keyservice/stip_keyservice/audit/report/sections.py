@@ -68,7 +68,7 @@ def _reading(report: Report, name: str) -> Html:
 def _facts(report: Report) -> str:
     subject, traffic = report.subject, report.traffic
     return (
-        f"{subject.origin}: {_several(subject.layers, 'layer')} of width {subject.width:,}, vocabulary "
+        f"{subject.origin or 'Model'}: {_several(subject.layers, 'layer')} of width {subject.width:,}, vocabulary "
         f"{subject.vocabulary:,}, {'a tied' if subject.tied else 'an untied'} head, {subject.dtype}. Traffic "
         f"{SOURCES[traffic.source]}: {_several(traffic.sessions, 'session')}, {_several(traffic.positions, 'token')}; "
         f"{_several(traffic.accomplice_tokens, 'token')} of a helping user. Seed {report.seed}."
