@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 from pydantic import ValidationError
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from stip_stack.cases import Case, Place, Tell
 
 NAMES = ("paper", "hardened", "throughput", "derived-paper", "derived-hardened")
-EXIT_FAILED, EXIT_INPUT, EXIT_OTHER_DIGEST, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_FAILED, EXIT_INPUT, EXIT_OTHER_DIGEST, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 WIDTH = 118
 """Columns where the output is no terminal."""
 
@@ -54,11 +56,12 @@ Examples:
 
 \b
 Exit codes:
-  0    every audit ran; what was found is in the report, and no finding is a failure
-  1    another failure
-  2    the input or the configuration is refused
-  3    an audit of the same instance, traffic and seed found something else than the last one: other code, or a fault
-  130  stopped by Ctrl-C
+  0         every audit ran; what was found is in the report, and no finding is a failure
+  1         another failure
+  2         the input or the configuration is refused
+  3         an audit of the same instance, traffic and seed found something else than the last one: other code,
+            or a fault
+  130, 143  stopped by Ctrl-C or SIGTERM
 """
 
 
@@ -102,7 +105,7 @@ class Outcome:
 @click.option("--case", "names", type=click.Choice(NAMES), multiple=True,
               help="Audit this one alone; may be given several times.  [default: all]")  # fmt: skip
 @click.option("--quick", is_flag=True,
-              help="Little text: shows in a few minutes that everything runs. The figures say little.")  # fmt: skip
+              help="Little text: shows in a few minutes that everything runs. The figures say little, unsigned.")  # fmt: skip
 @click.option("--fresh", is_flag=True,
               help="Remove what OUT holds first: other keys, another run, and so other digests.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True,
@@ -122,6 +125,7 @@ def main(out: Path, seed: int, names: tuple[str, ...], quick: bool, fresh: bool,
         console.width = WIDTH
     cases = [case for case in CASES.values() if case.name in (names or NAMES)]
     place = Place(out.absolute(), "quick" if quick else "default", seed, workers)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         place.claim()
         if fresh:
@@ -133,12 +137,22 @@ def main(out: Path, seed: int, names: tuple[str, ...], quick: bool, fresh: bool,
     except KeyboardInterrupt:
         click.echo("audit: interrupted; every process was stopped, and what was finished is used again", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """As an exception, so that a running stack ends and its folder goes, which has a copy of the keys."""
+    raise SystemExit(EXIT_TERMINATED)
 
 
 def clear(place: Place) -> None:
-    """Remove what an earlier run made."""
-    for name in ("home", "derived", "instances", "recordings", *NAMES):
-        shutil.rmtree(place.out / name, ignore_errors=True)
+    """Remove what an earlier run made, or left when it was killed."""
+    from stip_stack.cases import STACK
+
+    made = [place.out / name for name in ("home", "derived", "instances", "recordings", *NAMES)]
+    for folder in (*made, *place.out.glob(f"{STACK}*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(place: Place, cases: Sequence[Case], console: Console) -> int:

@@ -46,6 +46,8 @@ of tokens take minutes to decode, and a server sees nothing else of them."""
 SEEDS: dict[User, int] = {"victim": 0, "accomplice": 1 << 32}
 """Where the seeds begin under which users' answers are sampled."""
 BUDGET = 10**7
+STACK = ".stack-"
+"""How the folder begins in which a stack runs, for as long as it does. It has a copy of the home's keys."""
 MARK = ".stip-audit"
 """An empty file in a folder that audits may write to, and remove things from."""
 
@@ -158,7 +160,7 @@ class Place:
         if not wanted:
             return
         self.recording(wanted[0]).parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".stack-", dir=self.out) as folder:
+        with tempfile.TemporaryDirectory(prefix=STACK, dir=self.out) as folder:
             work = Path(folder) / "work"
             # The stack's key service registers users and instances; this home stays as it is.
             shutil.copytree(self.home.path, work / "home")
