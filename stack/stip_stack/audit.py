@@ -105,7 +105,7 @@ class Outcome:
 @click.option("--case", "names", type=click.Choice(NAMES), multiple=True,
               help="Audit this one alone; may be given several times.  [default: all]")  # fmt: skip
 @click.option("--quick", is_flag=True,
-              help="Little text: shows in a few minutes that everything runs. The figures say little, unsigned.")  # fmt: skip
+              help="Little text: shows in a few minutes that everything runs. The figures say little.")  # fmt: skip
 @click.option("--fresh", is_flag=True,
               help="Remove what OUT holds first: other keys, another run, and so other digests.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True,
