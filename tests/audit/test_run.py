@@ -126,6 +126,19 @@ def test_a_recording_without_victims_is_refused(ground: Any, instance: Path, tmp
         audit(instance, recording=tmp_path / "traffic").run(ground.home)
 
 
+def test_a_recording_that_leaves_an_attacker_without_traffic_is_refused(
+    ground: Any, instance: Path, tmp_path: Path
+) -> None:
+    known = ground.truth("hardened")
+    traffic.computed(known, {"victim": ground.victims[:2]}, 24).write(tmp_path / "alone")
+    with pytest.raises(ConfigurationError, match="none of an accomplice"):
+        audit(instance, recording=tmp_path / "alone", knowledge=("server", "accomplice")).run(ground.home)
+    unanswered = [text[:25] for text in ground.victims[:2]]
+    traffic.computed(known, {"victim": unanswered, "accomplice": ground.helped[:2]}, 24).write(tmp_path / "unanswered")
+    with pytest.raises(ConfigurationError, match="none that was fed"):
+        audit(instance, recording=tmp_path / "unanswered").run(ground.home)
+
+
 def test_an_instance_that_is_not_what_was_signed_is_refused(ground: Any, instance: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(instance, tmp_path / "copy"))
     with (copy / "server" / "config.json").open("a") as file:

@@ -26,6 +26,7 @@ from stip_keyservice.audit.material import Material, Twin
 from stip_keyservice.audit.matrix import cells, views
 from stip_keyservice.audit.metrics import correlation
 from stip_keyservice.audit.network import Network
+from stip_keyservice.audit.priors import answered
 from stip_keyservice.audit.recording import Recording, User, server_digest
 from stip_keyservice.audit.scoring import Judge
 from stip_keyservice.audit.truth import Truth
@@ -178,8 +179,15 @@ class Audit:
             said: dict[User, list[Ids]] = {"victim": texts("victims"), "accomplice": texts("accomplice")}
             return traffic.computed(known, said, scale.prompt)
         recording = Recording.read(self.recording, known.manifest)
-        if not recording.of_user("victim"):
+        victims = recording.of_user("victim")
+        if not victims:
             raise ConfigurationError.because("recording, sessions", "none of a victim", "at least one")
+        # a cell without a figure satisfies a policy: what is not applicable for lack of traffic is no finding
+        if not any(len(answered(victim)) for victim in victims):
+            raise ConfigurationError.because("recording, victims' answers", "none that was fed", "at least one")
+        if "accomplice" in self.knowledge and not recording.of_user("accomplice"):
+            allowed = "at least one, or knowledge without accomplice"
+            raise ConfigurationError.because("recording, sessions", "none of an accomplice", allowed)
         return recording
 
     def _cells(self, material: Material, attacks: Sequence[Attack], advance: Callable[[str], None]) -> Iterator[Cell]:
