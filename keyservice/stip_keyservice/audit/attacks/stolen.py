@@ -31,8 +31,8 @@ def accomplice_of(view: View) -> Accomplice:
 
 
 def text_of(session: Labelled) -> Ids:
-    """[n + 1] true ids: those that were fed, and the last answer."""
-    return np.append(session.ids, session.answers[-1])
+    """[n + 1] true ids: those that were fed, and the answer behind the last one; [n] where nobody asked for that."""
+    return np.append(session.ids, session.answers[session.seen.asked == len(session.ids) - 1])
 
 
 def by_position(seen: Seen, read: Ids) -> Ids:
