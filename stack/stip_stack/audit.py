@@ -27,7 +27,7 @@ from stip_protocol.errors import Action, ConfigurationError, StipError
 from stip_protocol.leakage import REPORT_NAME
 
 if TYPE_CHECKING:
-    from stip_keyservice.audit.document import Metric, Report
+    from stip_keyservice.audit.document import Report
     from stip_stack.cases import Case, Place, Tell
 
 NAMES = ("paper", "hardened", "throughput", "derived-paper", "derived-hardened")
@@ -212,22 +212,20 @@ def _audit(place: Place, cases: Sequence[Case], tell: Tell) -> None:
 
 def _table(after: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> Table:
     """Cells: measured, of all. Above: found more than anybody would guess, beyond both intervals."""
+    from stip_keyservice.audit.report.judging import Level, judge
+    from stip_keyservice.audit.report.judging import main as standing
+
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for name in ("case", "cells", "above", "SHA-256 of leakage.json", ""):
         table.add_column(name, no_wrap=True)
     for name, outcome in after.items():
         measured = [cell for cell in outcome.report.cells if cell.metrics]
-        above = [cell for cell in measured if _above(cell.metrics[0])]
+        above = [cell for cell in measured if (metric := standing(cell)) is not None and judge(metric) >= Level.SOME]
         said = "DIFFERS" if outcome.differs(before.get(name)) else ""
         if outcome.repeats(before.get(name)) and not said:
             said = "as before"
         table.add_row(name, f"{len(measured)}/{len(outcome.report.cells)}", str(len(above)), outcome.digest, said)
     return table
-
-
-def _above(metric: Metric) -> bool:
-    """Whether an attack found more than a guess, beyond both intervals."""
-    return metric.prior is None or metric.measured.low > metric.prior.high
 
 
 if __name__ == "__main__":

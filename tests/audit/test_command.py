@@ -246,11 +246,22 @@ def test_a_second_signal_does_not_end_the_tidying() -> None:
         finally:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
             tidied.append(True)
 
     with pytest.raises(_Stopped), _stoppable():
         impatient()
     assert tidied == [True]
+
+
+def test_a_command_that_is_to_outlive_its_terminal_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stoppable():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_figure_that_is_no_share_is_not_shown_as_one() -> None:

@@ -77,11 +77,11 @@ Examples:
 
 \b
 Exit codes:
-  0         the audit ran; what it found is in the report, and no finding is a failure
-  1         another failure
-  2         the input or the configuration is refused
-  3         the instance is not what was signed, or MODEL is not what it was made from
-  130, 143  stopped by Ctrl-C or SIGTERM
+  0              the audit ran; what it found is in the report, and no finding is a failure
+  1              another failure
+  2              the input or the configuration is refused
+  3              the instance is not what was signed, or MODEL is not what it was made from
+  129, 130, 143  stopped by a terminal that closed, Ctrl-C or SIGTERM
 """
 
 REPORT_EPILOG = """\b
@@ -341,7 +341,7 @@ def _progress(quiet: bool) -> Iterator[Progress]:
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM came."""
+    """A signal came."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -358,7 +358,9 @@ def _stoppable() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise _Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, stop)
     try:
