@@ -24,6 +24,7 @@ from stip_keyservice.audit.attacks.invariants import (
     units,
 )
 from stip_keyservice.audit.attacks.matching import nearest
+from stip_keyservice.audit.attacks.public_text import GUESSES
 from stip_keyservice.audit.claims import Claims
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.view import Entry, Ids, NotApplicable, View
@@ -34,8 +35,6 @@ SAME = 0.5
 """Mean |cosine| of matched rows from which on an alignment is one. By chance the best of n rows in d dimensions come
 to about sqrt(2·ln(n)/d): 0.26 for 512 rows of 192."""
 REFINEMENTS = 3
-GUESSES = 10
-"""Tokens claimed for a position."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from transformers import DynamicCache
 
 from stip_keyservice.audit.attacks import Attack
 from stip_keyservice.audit.attacks.folded import Doubles, fold
+from stip_keyservice.audit.attacks.matching import centred
+from stip_keyservice.audit.attacks.public_text import GUESSES
 from stip_keyservice.audit.claims import NO_GUESS, Claims, Point
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.network import Inside, Network
 from stip_keyservice.audit.view import Entry, Floats, Ids, NotApplicable, View
 
-GUESSES = 10
 PROPOSED = 8
 """Candidates of each position by the inversion, and so many by what the base expects next."""
 AT_ONCE = 16
@@ -55,24 +56,22 @@ class FirstValues:
         values, heads = folded.layers[0].values, folded.kv_heads
         weight = values.weight
         if folded.names.centred:
-            weight = weight - weight.mean(axis=1, keepdims=True)
+            weight = centred(weight)
         return cls(weight.reshape(heads, -1, weight.shape[1]), values.bias.reshape(heads, 1, -1), folded.names.centred)
 
     def __call__(self, rows: Floats) -> Doubles:
         """[kv_heads, n, head_dim] values of rows [n, d]."""
-        wide = rows.astype(np.float64)
-        if self.centred:
-            wide = wide - wide.mean(axis=1, keepdims=True)
+        wide = centred(rows) if self.centred else rows.astype(np.float64)
         unit = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + EPSILON)
         values: Doubles = unit @ self.weight.transpose(0, 2, 1) + self.bias
         return values
 
     def inverted(self, values: NDArray[Any]) -> Doubles:
         """[kv_heads + 1, n, d] least-squares rows behind values [kv_heads, n, head_dim]: by each head, and by all."""
-        centred = values - self.bias
-        by_head = centred @ np.linalg.pinv(self.weight).transpose(0, 2, 1)
+        linear = values - self.bias
+        by_head = linear @ np.linalg.pinv(self.weight).transpose(0, 2, 1)
         joint = np.linalg.pinv(self.weight.reshape(-1, self.weight.shape[-1]))
-        together = np.concatenate(list(centred), axis=1) @ joint.T
+        together = np.concatenate(list(linear), axis=1) @ joint.T
         return np.concatenate([by_head, together[None]])
 
     def lengths(self, values: NDArray[Any]) -> Doubles:

@@ -21,13 +21,13 @@ import transformers
 from numpy.typing import NDArray
 
 from stip_keyservice.audit.attacks import Attack
+from stip_keyservice.audit.attacks.public_text import GUESSES
 from stip_keyservice.audit.attacks.stolen import Assembled, Tabulated, accomplice_of, tabulate, text_of
 from stip_keyservice.audit.attacks.training import Batches, batches, descend, next_token_loss
 from stip_keyservice.audit.claims import Claims, Point, Stolen
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.view import Floats, Ids, View
 
-GUESSES = 10
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Fitted rows over the width: the points of the curve, as far as there are so many."""
 TESTED = 64

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from stip_keyservice.audit.attacks import Attack
+from stip_keyservice.audit.attacks.public_text import GUESSES
 from stip_keyservice.audit.attacks.stolen import accomplice_of, rows_of
 from stip_keyservice.audit.attacks.training import discriminant
 from stip_keyservice.audit.claims import Claims, Point
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.view import Floats, Seen, View
 
-GUESSES = 10
 BLOCKS = (0, 1, 4)
 """Blocks in the enclave, as far as the model has them."""
 CLAIMED = 1

@@ -13,12 +13,12 @@ from dataclasses import replace
 import numpy as np
 
 from stip_keyservice.audit.attacks import Attack
+from stip_keyservice.audit.attacks.public_text import GUESSES
 from stip_keyservice.audit.attacks.stolen import accomplice_of, by_position
 from stip_keyservice.audit.claims import NO_GUESS, Claims
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.view import Accomplice, Ids, Seen, View
 
-GUESSES = 10
 ASKED_AGAIN = 64
 """Times that a hidden state is decoded, each time moved another way."""
 MOVED = 0.3

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from stip_keyservice.audit.attacks import Attack
+from stip_keyservice.audit.attacks.public_text import GUESSES
 from stip_keyservice.audit.attacks.stolen import (
     HeadedCopy,
     ServerCopy,
@@ -32,7 +33,6 @@ from stip_keyservice.audit.claims import NO_GUESS, Claims, Point, Stolen
 from stip_keyservice.audit.knowledge import Grant
 from stip_keyservice.audit.view import Accomplice, Ids, Labelled, NotApplicable, Seen, Top, View
 
-GUESSES = 10
 LABELLED = (250, 1000, 4000, 16_000)
 """Tokens of the user: the points of the curve."""
 LEAST = 1e-12
