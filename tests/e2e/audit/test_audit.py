@@ -29,6 +29,7 @@ def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * SECONDS)
 def test_a_run_is_recorded_and_audited_and_the_next_audit_finds_the_same(tmp_path: Path) -> None:
     out = tmp_path / "audit"
