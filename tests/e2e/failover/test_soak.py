@@ -26,8 +26,8 @@ SAMPLE_SECONDS = 5.0
 SHARE = 0.02
 """By which the memory at the end may differ from the memory at the beginning."""
 POOLS = 4
-"""Descriptors and threads by which pools may still fill up, such as the key service's connections to its database. A leak
-by session would be one for each of at least `LEAST_SESSIONS`."""
+"""Descriptors and threads by which pools may still fill up, such as the key service's connections to its database. A
+leak by session would be one for each of at least `LEAST_SESSIONS`."""
 LEAST_SESSIONS = 100 * POOLS
 SESSIONS, TASKS, LINKS = telemetry.SESSIONS, telemetry.TASKS, telemetry.LINKS
 
