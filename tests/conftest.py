@@ -36,7 +36,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep each folder below tests/e2e on one worker: its tests share one running system.
+    """Keep each folder below tests/e2e on one worker, whose tests share one running system, and each file of
+    tests/audit, whose tests share what an attack found.
 
     What `xdist_group` marks are for; but pytest-xdist 3.8 does not see them under pytest 9.2.
     """
@@ -44,6 +45,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class BySystem(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.rsplit("/", 1)[0] if nodeid.startswith("tests/e2e/") else nodeid
+            if nodeid.startswith("tests/e2e/"):
+                return nodeid.rsplit("/", 1)[0]
+            return nodeid.split("::", 1)[0] if nodeid.startswith("tests/audit/") else nodeid
 
     return BySystem(config, log) if config.getoption("dist") == "loadgroup" else None

@@ -79,11 +79,13 @@ def test_the_same_audit_gives_the_same_bytes_and_leaves_torch_as_it_was(ground: 
     assert linked["residual_cosine"] > 0.99
 
 
+@pytest.mark.long
 def test_the_model_itself_may_be_the_public_base(ground: Any, instance: Path) -> None:
     asked = audit(instance, attacks=("C",), knowledge=("base",), base=MODEL)
     assert asked.run(ground.home).cells[0].metrics[0].measured.value > 0.99
 
 
+@pytest.mark.long
 def test_a_sibling_may_be_named(ground: Any, instance: Path) -> None:
     ground.truth("hardened", 1)
     asked = audit(instance, attacks=("E",), knowledge=("sibling",), sibling=ground.folder / "hardened-1")
@@ -104,6 +106,7 @@ def test_recorded_traffic_takes_the_place_of_computed(ground: Any, instance: Pat
     assert said.sha256 == Recording.of(known.manifest, sessions).digest
 
 
+@pytest.mark.long
 def test_text_of_ones_own_takes_the_place_of_the_models(ground: Any, instance: Path, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("\n".join(f"And number {number} said unto the people, Go forth." for number in range(200)))
@@ -111,6 +114,7 @@ def test_text_of_ones_own_takes_the_place_of_the_models(ground: Any, instance: P
     assert report.cells[0].metrics[0].measured.value > 0.99
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "throughput"])
 def test_other_presets_are_audited_too(ground: Any, preset: str) -> None:
     ground.truth(preset)

@@ -61,6 +61,7 @@ def test_no_vocabulary_is_claimed_where_no_server_sees_one(aligned: Any) -> None
     assert aligned("hardened").vocabulary is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 @pytest.mark.parametrize("drift", [0.01, 0.1])
 def test_a_base_that_every_weight_drifted_from_will_do(ground: Any, tmp_path: Path, preset: str, drift: float) -> None:
@@ -91,6 +92,7 @@ def test_a_model_of_the_same_shape_with_other_weights_gives_nothing(ground: Any,
     assert read(claims.tokens, ground.victims) < 2 * relatives.commonest(ground.victims)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 def test_layer_norms_and_learned_positions_change_nothing(ground: Any, tmp_path: Path, preset: str) -> None:
     plain = relatives.tiny("gpt2", tmp_path / "plain")
@@ -103,6 +105,7 @@ def test_layer_norms_and_learned_positions_change_nothing(ground: Any, tmp_path:
     assert read(claims.tokens, said) == 1.0
 
 
+@pytest.mark.long
 def test_the_same_view_gives_the_same_claims(ground: Any, aligned: Any) -> None:
     again = alignment.run(ground.view("hardened", "base"))
     np.testing.assert_array_equal(again.residual, aligned("hardened").residual)

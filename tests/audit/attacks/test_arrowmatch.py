@@ -56,6 +56,7 @@ def test_what_matched_makes_the_plain_model(ground: Any, matched: Any, preset: s
             np.testing.assert_allclose(stolen.logits(ids), plain_logits(ground.plain, ids), atol=2e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 def test_a_drifted_base_gives_most_of_the_model(ground: Any, tmp_path: Path, preset: str) -> None:
     base = relatives.drifted(ground.plain, tmp_path, 0.05)
@@ -75,6 +76,7 @@ def test_an_unrelated_base_matches_nothing_and_yields_no_model(ground: Any, tmp_
     assert all(agreement(stolen, ground.plain, ground.victims) < 0.1 for _, stolen in claims.stolen)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 def test_layer_norms_biases_and_learned_positions_come_along(ground: Any, tmp_path: Path, preset: str) -> None:
     plain = relatives.tiny("gpt2", tmp_path / "plain")

@@ -104,6 +104,7 @@ def test_no_trained_model_comes_near_the_plain_one(ground: Any, own: Claims) -> 
     assert all(perplexity(ground, stolen) > 5 * perplexity(ground, Plain) for _, stolen in own.stolen)
 
 
+@pytest.mark.long
 def test_training_leaves_the_server_part_as_it_was(ground: Any) -> None:
     view = little(ground.view("paper", "accomplice"), sessions=4)
     before = {name: value.clone() for name, value in view.server.model.state_dict().items()}
@@ -112,6 +113,7 @@ def test_training_leaves_the_server_part_as_it_was(ground: Any) -> None:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.long
 def test_the_same_view_trains_the_same_models(ground: Any) -> None:
     view = little(ground.view("throughput", "accomplice"), sessions=4)
     text = ground.victims[0][:-1]
@@ -120,6 +122,7 @@ def test_the_same_view_trains_the_same_models(ground: Any) -> None:
         np.testing.assert_array_equal(once[name].logits(text), again[name].logits(text))
 
 
+@pytest.mark.long
 def test_a_stolen_model_with_dropout_answers_the_same_each_time(ground: Any, tmp_path: Path) -> None:
     known = relatives.protected(ground, relatives.tiny("gpt2", tmp_path / "plain"), tmp_path / "made", "hardened")
     assert known.server.model.config.resid_pdrop > 0
@@ -132,6 +135,7 @@ def test_a_stolen_model_with_dropout_answers_the_same_each_time(ground: Any, tmp
         np.testing.assert_array_equal(stolen.logits(said[0]), stolen.logits(said[0]), err_msg=name)
 
 
+@pytest.mark.long
 def test_sessions_longer_than_any_that_is_labelled_are_read_where_positions_are_learned(
     ground: Any, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_wrong_first_token_is_no_obstacle(ground: Any) -> None:
     assert top1(ground, "hardened", "table", claims).measured.value >= 0.99
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 def test_learned_positions_and_dropped_means_are_no_obstacle(ground: Any, tmp_path: Path, preset: str) -> None:
     known = relatives.protected(ground, relatives.tiny("gpt2", tmp_path / "plain"), tmp_path / "made", preset)

@@ -66,6 +66,7 @@ def subject(ground: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_attack_measures_or_says_why_not(

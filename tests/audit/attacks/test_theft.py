@@ -109,6 +109,7 @@ def test_without_a_user_there_is_nothing_to_take(ground: Any, preset: str) -> No
         attack("G").run(ground.view(preset))
 
 
+@pytest.mark.long
 def test_the_same_view_gives_the_same_copy(ground: Any, claims: Callable[[str], Claims]) -> None:
     again = attack("G").run(ground.view("hardened", "accomplice"))
     text = ground.victims[0][:-1]

@@ -40,6 +40,7 @@ def test_a_first_token_that_nobody_knows_is_found_by_sorted_values(ground: Any) 
     assert relatives.read(claims.tokens, ground.victims[:1]) == 1
 
 
+@pytest.mark.long
 def test_sessions_of_different_lengths_are_read_in_step(ground: Any) -> None:
     view = ground.view("hardened", "base")
     short = replace(view.victims[1], rows=view.victims[1].rows[:9], asked=np.zeros(1, np.int64))
@@ -50,6 +51,7 @@ def test_sessions_of_different_lengths_are_read_in_step(ground: Any) -> None:
     assert relatives.read(claims.tokens, texts) >= 0.99
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["paper", "hardened"])
 def test_learned_positions_and_layer_norms_are_no_obstacle(ground: Any, tmp_path: Path, preset: str) -> None:
     plain = relatives.tiny("gpt2", tmp_path / "plain")
