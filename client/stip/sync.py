@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from stip.chat import Message
 from stip.connection import CONNECT_SECONDS, OPEN_RETRIES, AsyncConnection, aconnect, averify
@@ -22,6 +22,28 @@ from stip.verification import Verification
 T = TypeVar("T")
 
 
+class _Call(Generic[T]):
+    """Work on the loop that can be cancelled before anybody holds its future."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled = False
+
+    async def run(self) -> T:
+        if self._cancelled:
+            self._work.close()
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+        return await self._work
+
+    def cancel(self) -> None:
+        """On the loop. Idempotent, and without effect once the work has ended."""
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
+
+
 class _Loop:
     """One event loop in one daemon thread, started on first use."""
 
@@ -30,12 +52,13 @@ class _Loop:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end. Where the caller is interrupted (Ctrl-C), the work is cancelled."""
-        future = asyncio.run_coroutine_threadsafe(work, self._started())
+        """Run `work` to its end. Where the caller is interrupted (Ctrl-C), the work is cancelled: whenever that comes,
+        also between handing it over and waiting for it."""
+        loop, call = self._started(), _Call(work)
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(call.run(), loop).result()
         except BaseException:
-            future.cancel()
+            loop.call_soon_threadsafe(call.cancel)
             raise
 
     def _started(self) -> asyncio.AbstractEventLoop:

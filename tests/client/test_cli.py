@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import stip
 from stip import cli, keys
 from stip_protocol.errors import BudgetSpent, Overloaded
 
@@ -196,6 +198,28 @@ def test_keys_are_made_listed_shown_and_enrolled(stip_command: Any, tmp_path: Pa
     code, _, err = stip_command("keys", "create")
     assert code == 2
     assert "never overwritten" in err
+
+
+def test_an_interruption_just_as_a_step_is_handed_over_stops_that_step(
+    path: str, enclave: Any, monkeypatch: pytest.MonkeyPatch
+):
+    enclave.hold_after = 1
+    handed_over, interruptions = asyncio.run_coroutine_threadsafe, [KeyboardInterrupt()]
+
+    def interrupted(work: Any, loop: Any) -> Any:
+        future = handed_over(work, loop)
+        if interruptions:
+            raise interruptions.pop()
+        return future
+
+    with stip.connect(Path(path)) as connection, connection.session() as session:
+        stream = session.generate("One.", timeout=600)
+        next(stream)
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        enclave.hold_after = None
+        assert [chunk.text for chunk in session.generate("Two.")]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(path: str, enclave: Any):

@@ -47,6 +47,7 @@ def test_the_pages_of_short_rows_leave_few_ids_and_public_text_chooses(ground: A
     assert found["token_top1"].measured.low > prior.high
 
 
+@pytest.mark.long
 def test_pages_that_hold_all_rows_tell_what_public_text_tells(ground: Any) -> None:
     view = ground.view("hardened", "host")
     claims = attack("O").run(replace(view, pages=[trace(text[:-1], 1, 4096) for text in ground.victims]))
