@@ -47,7 +47,8 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt requirements/vllm.txt
 demo: $(VENV)/.ready ## protect a model, start every part, verify, stream an answer, compare with plain
 	@$(BIN)/stip-stack demo --model '$(MODEL)' --preset '$(PRESET)' $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))')
 
-test: $(VENV)/.ready browser ## the whole test suite, under ten minutes on two cores
+test: $(VENV)/.ready ## the whole test suite, some twelve minutes on two cores
+	-@$(MAKE) --no-print-directory browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not long' $(PYTEST_ARGS)
 
 browser: ## a headless Chromium, in which tests read the audit's report (installed by apt where there is none)

@@ -10,7 +10,7 @@ import pytest
 
 collect_ignore = [] if find_spec("vllm") else ["vllm"]
 """tests/vllm needs an environment of its own, and has a command of its own: `make test-vllm`."""
-ACCEPTED_SKIPS = ("STIP_DCAP_VECTORS", "gramine-direct", "SGX", "GPU")
+ACCEPTED_SKIPS = ("STIP_DCAP_VECTORS", "gramine-direct", "SGX", "GPU", "headless browser")
 """Words that the reason of an accepted skip names: hardware and material that CI may lack."""
 
 _refused: list[str] = []
