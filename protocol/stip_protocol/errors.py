@@ -10,6 +10,7 @@
     │   └── VersionUnsupported
     ├── IntegrityError                stop: something was tampered with
     │   ├── SignatureInvalid
+    │   ├── AuditLogForked            a key service that shows different logs to different people
     │   ├── ManifestMismatch
     │   └── SealedPartInvalid
     ├── AttestationError              re-attest, or stop
@@ -25,6 +26,7 @@
     │   ├── NonceRefused
     │   ├── DelegationRefused
     │   ├── UserRefused
+    │   ├── EnclaveRevoked
     │   ├── InstanceRefused
     │   ├── LeakageRefused            audit the instance, or change the policy
     │   └── BudgetSpent
@@ -32,7 +34,8 @@
     │   ├── LeaseMalformed
     │   ├── LeaseExpired
     │   ├── LeaseForeign              audience, instance, epoch or certificate of another
-    │   └── LeaseSpent
+    │   ├── LeaseSpent
+    │   └── LeaseRevoked
     ├── RequestInvalid                the caller's message is wrong
     │   ├── FrameInvalid              envelope, size, counts
     │   ├── TensorInvalid             width, dtype, length, non-finite values
@@ -43,6 +46,8 @@
         ├── Draining
         ├── ReplicaLost
         ├── DeadlineExceeded
+        ├── CollateralUnavailable     no source of collateral answers, and none is kept
+        ├── ClockRefused              a clock that runs behind what was decided already
         └── Cancelled
 
 A code is stable across versions: programs match on `StipError.code`, people read the message and the
@@ -133,6 +138,10 @@ class SignatureInvalid(IntegrityError):
     code = "signature_invalid"
 
 
+class AuditLogForked(IntegrityError):
+    code = "audit_log_forked"
+
+
 class ManifestMismatch(IntegrityError):
     code = "manifest_mismatch"
 
@@ -202,6 +211,10 @@ class UserRefused(ReleaseError):
     code = "user_refused"
 
 
+class EnclaveRevoked(ReleaseError):
+    code = "enclave_revoked"
+
+
 class InstanceRefused(ReleaseError):
     code = "instance_refused"
 
@@ -239,6 +252,11 @@ class LeaseForeign(LeaseError):
 class LeaseSpent(LeaseError):
     code = "lease_spent"
     grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class LeaseRevoked(LeaseError):
+    code = "lease_revoked"
+    action = Action.STOP
 
 
 class RequestInvalid(StipError):
@@ -286,6 +304,15 @@ class ReplicaLost(Unavailable):
 class DeadlineExceeded(Unavailable):
     code = "deadline_exceeded"
     grpc_status = "DEADLINE_EXCEEDED"
+
+
+class CollateralUnavailable(Unavailable):
+    code = "collateral_unavailable"
+
+
+class ClockRefused(Unavailable):
+    code = "clock_refused"
+    action = Action.FIX_CONFIGURATION
 
 
 class Cancelled(Unavailable):

@@ -38,6 +38,12 @@ NONCE_BYTES = 32
 DELEGATION_LIFE_LIMIT = 24 * 3600
 """Seconds of the longest delegation a key service accepts."""
 DER_LIMIT = 4096
+EPOCHS_LIMIT = 16
+"""Epochs of one instance that an enclave may hold."""
+CANARIES_LIMIT = 16
+"""Canaries in one bundle."""
+HANDLES_LIMIT = 256
+"""Leases in one notice."""
 report_data = bind
 """What the quote over `Claims` carries: as everywhere, SHA-256(claims) ‖ 0³²."""
 
@@ -62,6 +68,7 @@ class Claims(Document):
     """What the enclave's quote vouches for when it asks for keys. Built by the enclave alone."""
 
     context: ClassVar[str] = "stip/release-claims"
+    version: ClassVar[tuple[int, int]] = (1, 1)
 
     nonce: Bytes32
     hpke_key: Bytes32
@@ -77,6 +84,9 @@ class Claims(Document):
     instance: InstanceId
     tokens: Tokens
     """Rows wanted at once; the policy decides."""
+    epochs: Annotated[tuple[Epoch, ...], Field(strict=False, max_length=EPOCHS_LIMIT)] = ()
+    """Epochs of the instance that the enclave holds parts of. The service releases its active one, or, where only
+    others are held, the newest of those that still drain. Empty: the enclave does not say (before 1.1)."""
 
 
 class Grant(Document):
@@ -97,6 +107,7 @@ class Bundle(Document):
     """What the key service issues per user after attestation."""
 
     context: ClassVar[str] = "stip/bundle"
+    version: ClassVar[tuple[int, int]] = (1, 1)
 
     delegation: Bytes32
     user_key: Bytes32 = Field(repr=False)
@@ -116,6 +127,8 @@ class Bundle(Document):
     """Signed `AuditHead`."""
     grant: bytes | None = Field(repr=False)
     """`Grant` bytes, for a `dedicated` instance."""
+    canaries: Annotated[tuple[bytes, ...], Field(strict=False, max_length=CANARIES_LIMIT)] = Field((), repr=False)
+    """Sessions to try the server with, drawn for this bundle alone: no other ever gets them."""
 
 
 class AuditHead(Document):
@@ -145,11 +158,48 @@ class Renewal(Document):
     """The answer to one heartbeat, signed like everything the key service says."""
 
     context: ClassVar[str] = "stip/renewal"
+    version: ClassVar[tuple[int, int]] = (1, 1)
 
     nonce: Bytes32
     lease: bytes = Field(max_length=DER_LIMIT)
     """Signed `Lease`."""
     link_certificate: bytes = Field(max_length=DER_LIMIT)
+    audit_head: bytes = Field(default=b"", max_length=DER_LIMIT)
+    """Signed `AuditHead` after this renewal; empty from a service before 1.1."""
+    superseded: bool = False
+    """Whether the lease's epoch drains: its sessions go on, a new session asks for a new lease."""
+
+
+class Watch(Document):
+    """An enclave's request to hear of what ends its leases. Signed by its link key, like a heartbeat."""
+
+    context: ClassVar[str] = "stip/watch"
+
+    nonce: Bytes32
+    """A challenge of the service, not used before."""
+    link_key: Bytes32
+    """SHA-256 of the SubjectPublicKeyInfo of the link key that its leases name."""
+
+
+class Notice(Document):
+    """What the key service tells a watching enclave, signed: something of its leases has changed.
+
+    A stream begins with one of kind `watching`. Whoever cuts the stream delays what it says to the next heartbeat, and
+    no longer.
+    """
+
+    context: ClassVar[str] = "stip/notice"
+
+    kind: Literal["watching", "revoked", "superseded"]
+    nonce: Bytes32
+    """Of the watch."""
+    sequence: Tokens
+    """0, 1, 2, … on one stream: none is missing."""
+    handles: Annotated[tuple[Bytes16, ...], Field(strict=False, max_length=HANDLES_LIMIT)] = ()
+    """`revoked`: leases that ended. `superseded`: leases of an epoch that drains: new sessions ask for a new lease."""
+    instance: InstanceId | None = None
+    """`revoked`: the whole instance, or one epoch of it, is closed, and its grant must go."""
+    epoch: Epoch | None = None
 
 
 def service_id(key: Ed25519PublicKey) -> bytes:
@@ -195,6 +245,24 @@ def open_heartbeat(heartbeat: bytes, signature: bytes, link: ec.EllipticCurvePub
     except InvalidSignature:
         raise SignatureInvalid("heartbeat: not signed by the lease's link key") from None
     return Heartbeat.from_bytes(heartbeat)
+
+
+def sign_watch(watch: Watch, link: ec.EllipticCurvePrivateKey) -> bytes:
+    """ECDSA (P-256, SHA-256) by the link key."""
+    return link.sign(_watch_bytes(watch.to_bytes()), ec.ECDSA(hashes.SHA256()))
+
+
+def open_watch(watch: bytes, signature: bytes, link: ec.EllipticCurvePublicKey) -> Watch:
+    """Verify and parse. Raises `SignatureInvalid`, `FrameInvalid`."""
+    try:
+        link.verify(signature, _watch_bytes(watch), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise SignatureInvalid("watch: not signed by the link key that it names") from None
+    return Watch.from_bytes(watch)
+
+
+def _watch_bytes(watch: bytes) -> bytes:
+    return b"stip/watch\x00" + watch
 
 
 def _release_bytes(claims: bytes, sealed: bytes) -> bytes:

@@ -12,6 +12,7 @@ import pytest
 from stip_keyservice.audit import priors
 from stip_keyservice.audit.claims import NO_GUESS, Claims, Point
 from stip_keyservice.audit.document import Bounds, Metric
+from stip_keyservice.audit.network import CompleteModel
 from stip_keyservice.audit.scoring import ClaimInvalid, Judge, Scores
 from stip_keyservice.audit.traffic import observe
 from stip_keyservice.audit.view import Floats, Ids, Labelled, NotApplicable
@@ -222,7 +223,7 @@ class Distorted:
 
     def logits(self, ids: Ids) -> Floats:
         noise = np.random.default_rng(4).normal(0, self.noise, (len(ids), 2048))
-        return (priors.next_logits(self.plain, ids) + noise).astype(np.float32)
+        return (CompleteModel(self.plain.model).logits(ids) + noise).astype(np.float32)
 
 
 def test_a_stolen_model_agrees_and_predicts_as_well_as_it_is_true(ground: Any, judge: Judge) -> None:
@@ -246,7 +247,8 @@ def test_a_stolen_model_agrees_and_predicts_as_well_as_it_is_true(ground: Any, j
 
 
 def test_the_prior_of_a_stolen_model_is_the_attackers_own(ground: Any, judge: Judge) -> None:
-    found = figure(judge.score(Claims(stolen=[("own", priors.OwnModel(ground.surrogate))])), "stolen_agreement", "own")
+    claims = Claims(stolen=[("own", CompleteModel(ground.surrogate.model))])
+    found = figure(judge.score(claims), "stolen_agreement", "own")
     assert (found.measured, found.prior_name) == (found.prior, priors.SURROGATE)
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from stip_keyservice.audit import surrogate
-from stip_keyservice.audit.network import Network
-from stip_keyservice.audit.priors import next_logits
+from stip_keyservice.audit.network import CompleteModel, Network
 from stip_keyservice.audit.view import Ids
 
 VOCABULARY, LENGTH = 61, 33
@@ -38,7 +37,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Network:
 
 
 def test_it_knows_what_comes_next_in_text_that_it_never_saw(own: Network) -> None:
-    right = [next_logits(own, text[:-1]).argmax(axis=1) == text[1:] for text in said(8, seed=2)]
+    right = [CompleteModel(own.model).logits(text[:-1]).argmax(axis=1) == text[1:] for text in said(8, seed=2)]
     assert np.concatenate(right).mean() > 0.7
 
 
@@ -52,7 +51,7 @@ def test_the_same_text_and_seed_give_the_same_model_and_another_seed_another(tmp
 def test_it_is_as_wide_as_the_instance(tmp_path: Path, width: int) -> None:
     made = trained(tmp_path, width=width, passes=1)
     assert made.embedding.shape == (VOCABULARY, width)
-    assert np.isfinite(next_logits(made, said(1, seed=3)[0])).all()
+    assert np.isfinite(CompleteModel(made.model).logits(said(1, seed=3)[0])).all()
 
 
 def test_its_training_is_bounded_however_wide_it_is() -> None:

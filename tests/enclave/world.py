@@ -42,7 +42,8 @@ from stip_keyservice.service import users
 from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.server import KeyServiceServicer
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import open_vault
 from stip_protocol import rpc
 from stip_protocol.documents import Signed
 from stip_protocol.manifest import Manifest
@@ -291,11 +292,11 @@ class World:
         servicer = KeyServiceServicer(issuer, keyservice_config.Limits())
         inspected = registered.inspect(self.protected.folder, home.developer.public_key(), home.sealing)
         with self.store.write() as db:
-            owner, now = None, int(time.time())
+            domain, now = None, int(time.time())
             if self._dedicated_to is not None:
                 self.owner = Person(Ed25519PrivateKey.generate())
-                owner = users.add(db, self._dedicated_to, self.owner.public, budget=1000, now=now)
-            registered.add(db, inspected, storage_key=home.storage_key, owner=owner, now=now)
+                domain = users.add(db, self._dedicated_to, self.owner.public, budget=1000, now=now).domain
+            registered.add(db, inspected, vault=open_vault(home), domain=domain, now=now)
         server = grpc.aio.server(interceptors=[rpc.ErrorInterceptor(lambda error: None)], options=rpc.SERVER_OPTIONS)
         keyservice_pb2_grpc.add_KeyServiceServicer_to_server(servicer, server)
         tls = home.tls("localhost")

@@ -26,7 +26,8 @@ from stip_keyservice.service.config import Limits
 from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.server import KeyServiceServicer
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import Vault, open_vault
 from stip_protocol import rpc
 from stip_protocol.documents import Signed
 from stip_protocol.keys.stream import derive
@@ -222,6 +223,7 @@ class World:
 
     home: Home
     store: Store
+    vault: Vault
     policy: Policy
     platform: SimulatedPlatform
     clock: Clock
@@ -240,8 +242,8 @@ class World:
         instance = make_instance(self.folder / secrets.token_hex(4), self.home, **made)
         inspected = instances.inspect(instance.directory, self.home.developer.public_key(), self.home.sealing)
         with self.store.write() as db:
-            user = None if owner is None else users.by_name(db, owner.name)
-            instances.add(db, inspected, storage_key=self.home.storage_key, owner=user, now=self.clock.now)
+            domain = None if owner is None else users.by_name(db, owner.name).domain
+            instances.add(db, inspected, vault=self.vault, domain=domain, now=self.clock.now)
             for member in members:
                 instances.allow(db, instance.id, users.by_name(db, member.name))
         return instance
@@ -254,7 +256,7 @@ class World:
         with self.store.read() as db:
             found = users.by_key(db, person.public)
         assert found is not None
-        return found
+        return found[0]
 
     def enclave(self, **options: Any) -> Enclave:
         return Enclave(self.platform, **options)
@@ -319,7 +321,7 @@ def policy_tables(platform: SimulatedPlatform) -> dict[str, Any]:
             "simulated_root_sha256": platform.root_sha256.hex(),
         },
         "lease": {"seconds": 900, "tokens": 1000, "heartbeat_tokens": 64, "audience": "gateway.test"},
-        "release": {"nonce_seconds": 60, "max_pending_nonces": 16},
+        "release": {"nonce_seconds": 60},
     }
 
 
@@ -354,7 +356,7 @@ def serve(tmp_path: Path, platform: SimulatedPlatform, policy_tables: dict[str, 
         await server.start()
         async with rpc.channel(f"127.0.0.1:{port}", roots=home.tls_ca.pem, server_name="localhost") as channel:
             stub = keyservice_pb2_grpc.KeyServiceStub(channel)
-            yield World(home, store, policy, platform, clock, telemetry, stub, tmp_path)
+            yield World(home, store, open_vault(home), policy, platform, clock, telemetry, stub, tmp_path)
         await servicer.drain()
         await server.stop(grace=0)
         store.close()

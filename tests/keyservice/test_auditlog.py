@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from stip_keyservice.service.auditlog import AuditEntry, AuditLog, Trail, verify
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
 from stip_protocol import canonical
 from stip_protocol.documents import Signed
 from stip_protocol.errors import BudgetSpent, IntegrityError, SignatureInvalid

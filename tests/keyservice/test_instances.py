@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from stip_keyservice.home import Home
-from stip_keyservice.service import instances, users, vault
-from stip_keyservice.service.store import Store
+from stip_keyservice.service import instances, users
+from stip_keyservice.service.state.schema import data_keys, grants
+from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import SoftwareRoot, Vault, open_vault
 from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch, StipError
 from stip_protocol.leakage import REPORT_LIMIT
 from stip_protocol.manifest import SIGNING
@@ -124,43 +127,44 @@ def test_refuses_another_developers_instance_and_secrets_for_another_service(
 
 def test_an_instance_is_added_once_and_removal_destroys_its_grant(made: MadeInstance, home: Home) -> None:
     inspected = inspect(made.directory, home)
-    store = Store(home.database)
+    store, vault = Store(home.database), open_vault(home)
     with store.write() as db:
         alice = users.add(db, "alice", bytes(32), budget=1, now=1)
-        instance = instances.add(db, inspected, storage_key=home.storage_key, owner=alice, now=1)
+        instance = instances.add(db, inspected, vault=vault, domain=alice.domain, now=1)
         assert (instance.kind, instance.members) == ("dedicated", (alice.id,))
         with pytest.raises(InstanceRefused):
             instances.allow(db, made.id, alice)
     with pytest.raises(InstanceRefused), store.write() as db:
-        instances.add(db, inspected, storage_key=home.storage_key, owner=None, now=2)
+        instances.add(db, inspected, vault=vault, domain=None, now=2)
     with store.write() as db:
-        assert instances.remove(db, made.id, now=3).sealed_grant is None
+        assert instances.remove(db, vault, made.id, now=3).removed
+    with pytest.raises(IntegrityError), store.read() as db:
+        instances.grant(db, vault, made.id, 0)
     with store.read() as db:
         assert instances.everything(db) == []
         assert [one.id for one in instances.everything(db, removed=True)] == [made.id]
     with pytest.raises(InstanceRefused), store.write() as db:
-        instances.remove(db, made.id, now=4)
+        instances.remove(db, vault, made.id, now=4)
     with pytest.raises(InstanceRefused), store.write() as db:
         instances.allow(db, made.id, users.by_name(db, "alice"))
     with pytest.raises(InstanceRefused), store.write() as db:
-        instances.add(db, inspected, storage_key=home.storage_key, owner=None, now=4)
+        instances.add(db, inspected, vault=vault, domain=None, now=4)
     store.close()
 
 
 def test_a_removed_grant_is_in_no_file_of_the_home_even_while_the_service_runs(made: MadeInstance, home: Home) -> None:
-    running, store = Store(home.database), Store(home.database)
+    running, store, vault = Store(home.database), Store(home.database), open_vault(home)
     with store.write() as db:
-        grant = instances.add(db, inspect(made.directory, home), storage_key=home.storage_key, owner=None, now=1)
-    sealed = grant.sealed_grant or b""
+        instances.add(db, inspect(made.directory, home), vault=vault, domain=None, now=1)
     with running.read() as db:
-        assert instances.by_id(db, made.id).sealed_grant == sealed
+        gone = (db.execute(select(grants.c.sealed)).scalar_one(), db.execute(select(data_keys.c.wrapped)).scalar_one())
 
     def kept() -> list[str]:
-        return [path.name for path in home.path.iterdir() if sealed in path.read_bytes()]
+        return [path.name for path in home.path.iterdir() if any(one in path.read_bytes() for one in gone)]
 
     assert kept()
     with store.write() as db:
-        instances.remove(db, made.id, now=3)
+        instances.remove(db, vault, made.id, now=3)
     store.forget()
     assert not kept()
     store.close()
@@ -168,19 +172,36 @@ def test_a_removed_grant_is_in_no_file_of_the_home_even_while_the_service_runs(m
 
 
 def test_a_stored_grant_opens_only_in_its_row_under_its_key(made: MadeInstance, home: Home) -> None:
-    grant = inspect(made.directory, home).grant
-    locked = vault.lock(grant, home.storage_key)
-    assert vault.unlock(locked, home.storage_key, instance=grant.instance, epoch=grant.epoch) == grant
-    assert grant.part_key not in locked
-    for key, instance, epoch, data in (
-        (bytes(32), grant.instance, 0, locked),
-        (home.storage_key, "0" * 32, 0, locked),
-        (home.storage_key, grant.instance, 1, locked),
-        (home.storage_key, grant.instance, 0, locked[:-1] + bytes([locked[-1] ^ 1])),
-        (home.storage_key, grant.instance, 0, b""),
-    ):
+    inspected = inspect(made.directory, home)
+    store, vault = Store(home.database), open_vault(home)
+    with store.write() as db:
+        instances.add(db, inspected, vault=vault, domain="acme", now=1)
+        (row,) = db.execute(select(grants)).all()
+        assert instances.grant(db, vault, made.id, 0) == inspected.grant
+        assert inspected.grant.part_key not in row.sealed
+        other = vault.make(db, "domain/other", parent=None, now=1)
+        for sealed, key, at in (
+            (row.sealed, row.data_key, ["grant", "0" * 32, 0]),
+            (row.sealed, row.data_key, ["grant", made.id, 1]),
+            (row.sealed, other, ["grant", made.id, 0]),
+            (row.sealed[:-1] + bytes([row.sealed[-1] ^ 1]), row.data_key, ["grant", made.id, 0]),
+            (b"", row.data_key, ["grant", made.id, 0]),
+        ):
+            with pytest.raises(IntegrityError):
+                vault.open(db, key, sealed, list(at))
         with pytest.raises(IntegrityError):
-            vault.unlock(data, key, instance=instance, epoch=epoch)
+            instances.grant(db, Vault(SoftwareRoot(bytes(32))), made.id, 0)
+    store.close()
+
+
+def test_a_shredded_domain_takes_its_grants_along(made: MadeInstance, home: Home) -> None:
+    store, vault = Store(home.database), open_vault(home)
+    with store.write() as db:
+        instances.add(db, inspect(made.directory, home), vault=vault, domain="acme", now=1)
+        vault.destroy(db, vault.find(db, "domain/acme") or b"", now=2)
+        with pytest.raises(IntegrityError, match="destroyed"):
+            instances.grant(db, vault, made.id, 0)
+    store.close()
 
 
 def test_secrets_stay_out_of_every_repr(made: MadeInstance, home: Home) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from stip_keyservice.home import Home
 from stip_keyservice.service import instances
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import open_vault
 from stip_protocol import rpc
 from stip_protocol.errors import LeakageRefused, StipError
 from stip_protocol.release import Heartbeat
@@ -138,11 +139,11 @@ def test_what_was_measured_is_stored_as_it_was_signed(tmp_path: Path) -> None:
     for one in made:
         inspected = instances.inspect(one.directory, home.developer.public_key(), home.sealing)
         with store.write() as db:
-            instances.add(db, inspected, storage_key=home.storage_key, owner=None, now=1)
+            instances.add(db, inspected, vault=open_vault(home), domain=None, now=1)
     store.close()
     reopened = Store(home.database)
     with reopened.read() as db:
-        audited, plain = (instances.by_id(db, one.id).leakage for one in made)
+        audited, plain = (instances.by_id(db, one.id).epochs[0].leakage for one in made)
     reopened.close()
     assert audited is not None
     assert audited.cells == WELL
@@ -192,7 +193,7 @@ def test_list_and_show_say_what_was_measured(place: Place) -> None:
     plain = make_instance(place.folder / "plain", home)
     for made in (audited, plain):
         place.call_here("instances", "add", str(made.directory), "--shared")
-    listed = {one["id"]: one["leakage"] for one in place.call_here("instances", "list")}
+    listed = {one["id"]: one["epochs"][0]["leakage"] for one in place.call_here("instances", "list")}
     assert listed[plain.id] is None
     assert listed[audited.id]["worst"] == {
         "server": {"upper": 0.1, "metric": "token_top1", "attack": "A"},
@@ -200,7 +201,7 @@ def test_list_and_show_say_what_was_measured(place: Place) -> None:
         "table": {"upper": 1.0, "metric": "token_top1", "attack": "B"},
     }
     shown = place.call_here("instances", "show", audited.id)
-    assert shown["leakage"] == listed[audited.id]
+    assert shown["epochs"][0]["leakage"] == listed[audited.id]
     assert [(one["knowledge"], one["attack"]) for one in shown["cells"]] == [
         ("server", "A"), ("base", "D"), ("table", "B"),
     ]  # fmt: skip

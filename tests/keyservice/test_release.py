@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select, update
 
-from stip_keyservice.service import instances, release, store
+from stip_keyservice.service import instances, release
 from stip_keyservice.service.auditlog import GENESIS
 from stip_keyservice.service.release import Request
 from stip_protocol import rpc
@@ -31,7 +30,7 @@ from stip_protocol.release import AuditHead, Bundle, Claims, Grant, report_data,
 from stip_protocol.secrets_file import PART_LABEL
 from stip_stack.tee import Faults
 
-from .conftest import MEASUREMENT, START, Enclave, MadeInstance, Person, World, refusal
+from .conftest import START, Enclave, MadeInstance, Person, World, refusal
 
 
 async def test_a_dedicated_instance_gives_its_grant_inside_the_bundle_of_its_user(world: World) -> None:
@@ -299,7 +298,7 @@ async def unknown_instance(scene: Scene) -> Any:
 
 async def removed_instance(scene: Scene) -> Any:
     with scene.world.store.write() as db:
-        instances.remove(db, scene.instance.id, now=START)
+        instances.remove(db, scene.world.vault, scene.instance.id, now=START)
     return await scene.ask()
 
 
@@ -430,73 +429,3 @@ async def test_a_flipped_bit_in_quote_or_delegation_is_refused(scene: Scene, at:
     data[int(at * len(data))] ^= 1 << bit
     with pytest.raises(StipError):
         decide(scene, Request(**(fields | {part: bytes(data)})))
-
-
-async def test_pending_challenges_are_bounded_and_a_flood_of_them_locks_nobody_out(world: World) -> None:
-    alice, enclave = world.person("alice"), world.enclave()
-    instance = world.instance(owner=alice)
-    delegation = alice.delegate(enclave, instance.id)
-    first = await world.challenge()
-    kept = [await world.challenge() for _ in range(16)]
-    with world.store.read() as db:
-        assert set(db.execute(select(store.nonces.c.nonce)).scalars()) == {one.nonce for one in kept}
-    for challenge, code in ((first, "nonce_refused"), (kept[0], None)):
-        claims = enclave.claims(challenge, delegation, instance.id)
-        release = world.stub.Release(enclave.request(claims, delegation))
-        if code is None:
-            assert (await release).sealed
-        else:
-            assert await refusal(release) == code
-
-
-async def test_zero_tokens_wanted_means_a_chunk_and_a_chunk_is_the_most(world: World) -> None:
-    alice = world.person("alice", budget=2500)
-    instance = world.instance(owner=alice)
-    enclave = world.enclave()
-    for wanted, granted in ((0, 1000), (2**40, 1000), (700, 500)):
-        _, lease = await world.bundle(enclave, alice, instance.id, tokens=wanted)
-        assert lease.tokens == granted
-    assert world.user(alice).spent == 2500
-
-
-async def test_a_lease_ends_with_the_delegation(world: World) -> None:
-    alice = world.person("alice")
-    instance = world.instance(owner=alice)
-    enclave = world.enclave()
-    bundle, _ = await world.release(enclave, alice.delegate(enclave, instance.id, expires=START + 60), instance.id)
-    assert isinstance(bundle, Bundle)
-    assert world.lease(bundle.lease).expires == START + 60
-
-
-async def test_granted_releases_are_counted_and_logged_by_kind(world: World) -> None:
-    alice = world.person("alice")
-    instance = world.instance(members=(alice,))
-    enclave = world.enclave()
-    delegation = alice.delegate(enclave, instance.id)
-    await world.release(enclave, delegation, instance.id)
-    await world.release(enclave, delegation, instance.id, kind="grant")
-    sample = world.telemetry.registry.get_sample_value
-    for kind in ("bundle", "grant"):
-        assert sample("stip_releases_total", {"kind": kind}) == 1
-    for stage in ("verify", "seal"):
-        assert sample("stip_stage_seconds_count", {"stage": stage}) == 2
-    assert sample("stip_audit_log_entries") == 2
-    assert sample("stip_simulation") == 1
-    assert [(entry.kind, entry.code, entry.tokens) for entry in world.entries()] == [
-        ("bundle", "granted", 100),
-        ("grant", "granted", None),
-    ]
-    assert {entry.measurement for entry in world.entries()} == {MEASUREMENT}
-    assert {entry.user for entry in world.entries()} == {world.user(alice).id}
-
-
-async def test_a_damaged_grant_is_a_refusal_that_costs_nothing_and_is_logged_as_one(world: World) -> None:
-    alice = world.person("alice")
-    instance, enclave = world.instance(owner=alice), world.enclave()
-    with world.store.write() as db:
-        db.execute(update(store.instances).values(sealed_grant=bytes(64)))
-    delegation = alice.delegate(enclave, instance.id)
-    claims = enclave.claims(await world.challenge(), delegation, instance.id)
-    assert await refusal(world.stub.Release(enclave.request(claims, delegation))) == "integrity_violated"
-    assert world.user(alice).spent == 0
-    assert [(entry.code, entry.tokens) for entry in world.entries()] == [("integrity_violated", None)]

@@ -133,7 +133,7 @@ async def test_a_removed_user_stops_at_the_next_heartbeat(running: Running) -> N
 
 async def test_a_removed_instance_stops_at_the_next_heartbeat(running: Running) -> None:
     with running.world.store.write() as db:
-        instances.remove(db, running.instance.id, now=START)
+        instances.remove(db, running.world.vault, running.instance.id, now=START)
     assert await refusal(running.world.send(running.beat(), running.enclave)) == "instance_refused"
 
 

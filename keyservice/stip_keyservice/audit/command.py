@@ -14,15 +14,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.commands.process import bars, fail, prepare, refuse_core_dumps, say
+from stip_keyservice.home import Home
+from stip_keyservice.protect.commands.process import (
+    EXIT_SIGNAL,
+    Stopped,
+    bars,
+    fail,
+    opening_home,
+    prepare,
+    refuse_core_dumps,
+    say,
+    stoppable,
+)
 from stip_keyservice.protect.progress import LINE_SECONDS
 from stip_protocol.documents import explain
 from stip_protocol.durable import write_atomically
@@ -35,8 +44,6 @@ if TYPE_CHECKING:
     from stip_protocol.leakage import Interval
 
 SCALES = ("quick", "default")
-EXIT_SIGNAL = 128
-"""Plus the number of the signal that stopped the command, as shells report it."""
 ORIGIN_LIMIT = 200
 """Characters of `--origin`."""
 
@@ -147,12 +154,7 @@ Exit codes:
     help="Folder for leakage.json, index.html and leakage.md, not in INSTANCE; made where it is missing.  [default:"
     " none is written]",
 )
-@click.option(
-    "--home",
-    type=click.Path(path_type=Path),
-    envvar=HOME_VARIABLE,
-    help="Key service home that signed the instance and opens its secrets.  [default: ~/.stip/keyservice]",
-)
+@opening_home
 @click.option("--no-sign", is_flag=True, help="Leave INSTANCE as it is.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table: the result, or the error."
@@ -191,7 +193,7 @@ def audit(
     """
     refuse_core_dumps()
     try:
-        with _stoppable(), _progress(quiet) as progress:
+        with stoppable(), _progress(quiet) as progress:
             prepare()
             from stip_keyservice.audit import signing
             from stip_keyservice.audit.attacks import MODULES
@@ -226,7 +228,7 @@ def audit(
                 _write([report], out, report.to_json())
     except StipError as error:
         fail(error, as_json)
-    except _Stopped as stopped:
+    except Stopped as stopped:
         say(Cancelled(f"stopped by {signal.Signals(stopped.number).name}"), as_json)
         sys.exit(EXIT_SIGNAL + stopped.number)
     if as_json:
@@ -338,36 +340,6 @@ def _progress(quiet: bool) -> Iterator[Progress]:
     with bars(console, len("P, accomplice")) as shown:
         task = shown.add_task("instance", total=None, rate="")
         yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total)
-
-
-class _Stopped(BaseException):
-    """A signal came."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Signals end the command as an exception, so that its temporary folder goes. One is enough: those of somebody
-    impatient would end the tidying."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if before[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
-        del before[signal.SIGHUP]
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _summary(report: Report, digest: bytes | None) -> dict[str, object]:

@@ -100,3 +100,16 @@ class Network:
         with torch.inference_mode():
             result: Floats = self.model(inputs_embeds=torch.from_numpy(np.ascontiguousarray(rows))[None]).logits[0]
         return np.asarray(result)
+
+
+@dataclass(frozen=True)
+class CompleteModel:
+    """A causal model of transformers with its table and its head: what says by itself what comes next."""
+
+    model: Any
+
+    def logits(self, ids: NDArray[np.int64]) -> Floats:
+        """[n, V] next-token logits after each of true ids [n], as `claims.Stolen` says them."""
+        with torch.inference_mode():
+            logits: Floats = self.model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        return logits

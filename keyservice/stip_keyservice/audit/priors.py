@@ -8,13 +8,11 @@ and whoever reads answers reads that. There the commonest token stands.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from stip_keyservice.audit.network import Network
-from stip_keyservice.audit.view import Floats, Ids, Labelled
+from stip_keyservice.audit.network import CompleteModel, Network
+from stip_keyservice.audit.view import Ids, Labelled
 
 FIRST = 10
 """Guesses a position."""
@@ -22,24 +20,6 @@ COMMONEST = "commonest token"
 OWN_PREDICTION = "own prediction"
 SURROGATE = "surrogate"
 RANDOM = "random guess"
-
-
-def next_logits(network: Network, ids: Ids) -> Floats:
-    """[n, V] of what a complete model thinks comes next after each of true ids [n]."""
-    with torch.inference_mode():
-        logits: Floats = network.model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    return logits
-
-
-@dataclass(frozen=True)
-class OwnModel:
-    """What somebody has who stole nothing: a complete model of their own, in the form of a stolen one."""
-
-    network: Network
-
-    def logits(self, ids: Ids) -> Floats:
-        """As `claims.Stolen`."""
-        return next_logits(self.network, ids)
 
 
 def commonest(texts: Sequence[Ids], vocabulary: int) -> Ids:
@@ -75,5 +55,5 @@ def guesses(plain: Network, public_text: Sequence[Ids], sessions: Sequence[Label
 
 def _predicted(plain: Network, text: Ids) -> Ids:
     """[n - 1, k] for every position but the first."""
-    order = np.argsort(-next_logits(plain, text)[:-1], axis=1, kind="stable")
+    order = np.argsort(-CompleteModel(plain.model).logits(text)[:-1], axis=1, kind="stable")
     return np.asarray(order[:, :FIRST], np.int64)

@@ -15,6 +15,7 @@ from stip_keyservice.audit.claims import NO_GUESS, Claims, Stolen
 from stip_keyservice.audit.document import Bounds, Metric, Point
 from stip_keyservice.audit.intervals import by_session, exact, exponential_mean, share, wilson
 from stip_keyservice.audit.material import Material
+from stip_keyservice.audit.network import CompleteModel
 from stip_keyservice.audit.view import Ids, NotApplicable
 from stip_protocol.leakage import Interval
 
@@ -225,16 +226,16 @@ class Judge:
 
     @cached_property
     def _surrogate(self) -> tuple[Interval, Bounds]:
-        return self._ran(priors.OwnModel(self._material.surrogate))
+        return self._ran(CompleteModel(self._material.surrogate.model))
 
     @cached_property
     def _plain(self) -> tuple[Interval, Bounds]:
-        return self._ran(priors.OwnModel(self._material.truth.plain))
+        return self._ran(CompleteModel(self._material.truth.plain.model))
 
     @cached_property
     def _plain_best(self) -> list[Ids]:
-        plain = self._material.truth.plain
-        return [priors.next_logits(plain, text[:-1]).argmax(axis=1) for text in self._material.held_out]
+        plain = CompleteModel(self._material.truth.plain.model)
+        return [plain.logits(text[:-1]).argmax(axis=1) for text in self._material.held_out]
 
 
 def _sums(sessions: Sequence[NDArray[np.bool_]] | Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -19,20 +19,22 @@ from typing import ClassVar, Literal, TypedDict
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field
 from sqlalchemy import Connection, insert, select
-from sqlalchemy.dialects.sqlite import insert as upsert
 
-from stip_keyservice.service.store import Store, audit, audit_head
+from stip_keyservice.service.state.schema import audit, audit_head
+from stip_keyservice.service.state.store import Store, insert_into
 from stip_protocol.documents import Document, Signed
 from stip_protocol.errors import FrameInvalid, IntegrityError, StipError, VersionUnsupported
-from stip_protocol.lease import Bytes16, Bytes32, InstanceId, Seconds, Tokens
+from stip_protocol.lease import Bytes16, Bytes32, Epoch, InstanceId, Seconds, Tokens
 from stip_protocol.release import AuditHead
 
 GENESIS = hashlib.sha256(b"stip/audit-log").digest()
 GRANTED = "granted"
 
 Event = Literal[
-    "release", "renewal", "user_added", "user_removed", "user_allowed", "budget_set", "instance_added",
-    "instance_removed",
+    "release", "renewal", "user_added", "user_removed", "user_allowed", "user_disabled", "user_enabled",
+    "user_shredded", "device_added", "device_removed", "budget_set", "instance_added", "instance_removed",
+    "epoch_added", "epoch_activated", "epoch_retired", "revoked", "revocation_lifted", "canaries_added",
+    "policy_loaded", "root_key_rewrapped", "recovered", "clock_accepted",
 ]  # fmt: skip
 
 
@@ -41,7 +43,11 @@ class Subject(TypedDict, total=False):
 
     kind: str
     user: str
+    device: str
     instance: str
+    epoch: int
+    revocation: int
+    detail: str
     measurement: bytes
     handle: bytes
     tokens: int
@@ -68,7 +74,13 @@ class AuditEntry(Document):
     """`granted`, or the stable code of the refusal."""
     kind: str | None = Field(default=None, max_length=16)
     user: str | None = Field(default=None, max_length=32)
+    device: str | None = Field(default=None, max_length=32)
     instance: InstanceId | None = None
+    epoch: Epoch | None = None
+    revocation: Tokens | None = None
+    """Number of the revocation that this entry made or lifted."""
+    detail: str | None = Field(default=None, max_length=128)
+    """What else names the decision: a digest, a reason of the operator's. Never content."""
     measurement: Bytes32 | None = None
     handle: Bytes16 | None = None
     tokens: Tokens | None = None
@@ -98,19 +110,23 @@ class AuditLog:
         head = AuditHead(sequence=sequence, hash=_chain(previous, entry), at=trail.now)
         signed = Signed.sign(head, self._key)
         db.execute(insert(audit).values(sequence=sequence, entry=entry, hash=head.hash))
-        stored = upsert(audit_head).values(one=1, signed=signed.to_bytes())
+        stored = insert_into(db, audit_head).values(one=1, signed=signed.to_bytes())
         db.execute(stored.on_conflict_do_update(index_elements=["one"], set_={"signed": stored.excluded.signed}))
         self._observe(sequence)
         return signed
 
     @contextmanager
-    def refusals(self, trail: Trail) -> Iterator[None]:
-        """Record a refusal raised inside, in a transaction of its own: whatever it undid, its entry stands."""
+    def refusals(self, trail: Trail, *, also: Callable[[Connection], None] = lambda db: None) -> Iterator[None]:
+        """Record a refusal raised inside, in a transaction of its own: whatever it undid, its entry stands.
+
+        `also` writes in that transaction what the refusal costs whoever was refused.
+        """
         try:
             yield
         except StipError as error:
             trail.subject.pop("tokens", None)
             with self._store.write() as db:
+                also(db)
                 self.append(db, trail, code=error.code)
             raise
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, select, update
 
-from stip_keyservice.service.store import users
+from stip_keyservice.service.state.schema import users
 
 
 def debit(db: Connection, user: str, wanted: int) -> int:

@@ -8,20 +8,28 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as insert_or
+from sqlalchemy import ColumnElement, Connection, Row, delete, insert, select, update
 
-from stip_keyservice.service import vault
-from stip_keyservice.service.store import instances, leakage_summaries, members
+from stip_keyservice.service.state.schema import (
+    canaries,
+    epochs,
+    grants,
+    instances,
+    leakage_summaries,
+    members,
+    users,
+)
+from stip_keyservice.service.state.store import insert_into
 from stip_keyservice.service.users import User
+from stip_keyservice.service.vault import Vault
 from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch
 from stip_protocol.leakage import REPORT_LIMIT, REPORT_NAME, Leakage
 from stip_protocol.manifest import SIGNING, ClientManifest, Manifest, check_files
@@ -29,27 +37,57 @@ from stip_protocol.release import Grant
 from stip_protocol.secrets_file import SECRETS_LIMIT, grant_of, open_secrets
 
 Kind = Literal["dedicated", "shared"]
+State = Literal["standby", "active", "draining", "removed"]
+"""Of an epoch: not released yet; released; not released any more, its leases are renewed; gone."""
 CERTIFICATE_LIMIT = 4 << 20
 """Bytes of the largest equivalence certificate read."""
 
 
 @dataclass(frozen=True)
-class Instance:
-    """One instance as registered."""
+class Epoch:
+    """One protected copy of an instance, under keys of its own."""
 
-    id: str
-    epoch: int
+    number: int
+    state: State
     preset: str
-    kind: Kind
     manifest_digest: bytes
-    sealed_grant: bytes | None = field(repr=False)
-    """Encrypted under the storage key; None once the instance was removed."""
     added_at: int
+    drain_until: int | None
+    """Of one that drains: until when its leases are renewed; None while nobody has said."""
     removed_at: int | None
-    members: tuple[str, ...]
-    """Ids of the users who may use it; of a dedicated one, its only user."""
     leakage: Leakage | None
     """What an audit measured, by the signed manifest; None where there was none."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One trust domain's model: its epochs, and who may use it."""
+
+    id: str
+    kind: Kind
+    domain: str | None
+    """Of a dedicated one, whose users may have it."""
+    added_at: int
+    members: tuple[str, ...]
+    """Ids of the users who may use it."""
+    epochs: tuple[Epoch, ...]
+    """By number; removed ones are among them."""
+
+    @property
+    def removed(self) -> bool:
+        """Whether every epoch is."""
+        return all(epoch.state == "removed" for epoch in self.epochs)
+
+    def epoch(self, number: int) -> Epoch | None:
+        """The epoch of that number, removed or not."""
+        return next((epoch for epoch in self.epochs if epoch.number == number), None)
+
+    def released(self, held: Collection[int] = ()) -> Epoch | None:
+        """The epoch that a new session gets: the active one; where the enclave holds others only (`held`; empty: it
+        did not say), the newest of those that drain. None where there is none."""
+        live = [epoch for epoch in self.epochs if epoch.state in ("active", "draining")]
+        fitting = [epoch for epoch in live if epoch.number in held] if held else live
+        return max(fitting, key=lambda epoch: (epoch.state == "active", epoch.number), default=None)
 
 
 @dataclass(frozen=True)
@@ -92,50 +130,77 @@ def inspect(directory: Path, developer: Ed25519PublicKey, sealing: X25519Private
     return Inspected(manifest, grant_of(secrets))
 
 
-def add(db: Connection, inspected: Inspected, *, storage_key: bytes, owner: User | None, now: int) -> Instance:
-    """Register an inspected instance: dedicated to `owner`, or shared where there is none.
+def add(db: Connection, inspected: Inspected, *, vault: Vault, domain: str | None, now: int) -> Instance:
+    """Register an inspected instance, dedicated to a domain or shared where there is none; or another epoch of one.
 
-    Raises `InstanceRefused` where the instance is registered already.
+    The first epoch is active at once, a later one stands by until `activate`. Raises `InstanceRefused` where the epoch
+    was ever registered, is not newer than the others, or the instance is for others.
     """
     manifest = inspected.manifest
-    known = db.execute(select(instances.c.removed_at).where(instances.c.id == manifest.instance)).first()
-    if known is not None:
-        state = "registered" if known.removed_at is None else "removed"
-        raise InstanceRefused.because("instance", f"one that is {state} already", "an instance never added before")
-    db.execute(
-        insert(instances).values(
-            id=manifest.instance,
-            epoch=manifest.epoch,
-            preset=manifest.preset,
-            kind="shared" if owner is None else "dedicated",
-            manifest_digest=inspected.grant.manifest_digest,
-            sealed_grant=vault.lock(inspected.grant, storage_key),
-            added_at=now,
-        )
-    )
+    known = find(db, manifest.instance)
+    if known is None:
+        kind = "shared" if domain is None else "dedicated"
+        db.execute(insert(instances).values(id=manifest.instance, kind=kind, domain=domain, added_at=now))
+    else:
+        _require_next(known, manifest, domain)
+    row = {"instance": manifest.instance, "number": manifest.epoch, "preset": manifest.preset, "added_at": now}
+    state = "active" if known is None else "standby"
+    db.execute(insert(epochs).values(**row, state=state, manifest_digest=inspected.grant.manifest_digest))
+    where = {"instance": manifest.instance, "epoch": manifest.epoch}
+    parent = None if domain is None else _domain_key(db, vault, domain, now)
+    data_key = vault.make(db, f"epoch/{manifest.instance}/{manifest.epoch}", parent=parent, now=now)
+    sealed = vault.seal(db, data_key, inspected.grant.to_bytes(), _grant_row(manifest.instance, manifest.epoch))
+    db.execute(insert(grants).values(**where, data_key=data_key, sealed=sealed))
     if manifest.leakage is not None:
         summary = manifest.leakage.model_dump_json().encode()
-        db.execute(insert(leakage_summaries).values(instance=manifest.instance, summary=summary))
-    if owner is not None:
-        db.execute(insert(members).values(instance=manifest.instance, user=owner.id))
+        db.execute(insert(leakage_summaries).values(**where, summary=summary))
     return by_id(db, manifest.instance)
+
+
+def grant(db: Connection, vault: Vault, instance: str, epoch: int) -> Grant:
+    """What opens an epoch that was not removed. Raises `IntegrityError` where the row or a key is another one's."""
+    where = grants.c.instance == instance, grants.c.epoch == epoch
+    row = db.execute(select(grants).where(*where)).one_or_none()
+    if row is None:
+        raise IntegrityError(f"state: the grant of instance {instance}, epoch {epoch} is missing")
+    return Grant.from_bytes(vault.open(db, row.data_key, row.sealed, _grant_row(instance, epoch)))
 
 
 def allow(db: Connection, instance: str, user: User) -> None:
     """Make `user` a member of a shared instance. Raises `InstanceRefused`."""
-    found = by_id(db, instance)
-    if found.removed_at is not None:
-        raise InstanceRefused.because("instance", "a removed one", "a registered instance")
+    found = _present(db, instance)
     if found.kind != "shared":
-        raise InstanceRefused.because("instance", "one dedicated to a single user", "a shared instance")
-    db.execute(insert_or(members).values(instance=instance, user=user.id).on_conflict_do_nothing())
+        raise InstanceRefused.because("instance", "one dedicated to a domain", "a shared instance")
+    db.execute(insert_into(db, members).values(instance=instance, user=user.id).on_conflict_do_nothing())
 
 
-def remove(db: Connection, instance: str, *, now: int) -> Instance:
-    """Refuse releases and renewals from now on, and destroy the stored grant. Raises `InstanceRefused`."""
-    if by_id(db, instance).removed_at is not None:
-        raise InstanceRefused.because("instance", "a removed one", "a registered instance")
-    db.execute(update(instances).where(instances.c.id == instance).values(removed_at=now, sealed_grant=None))
+def activate(db: Connection, instance: str, epoch: int, *, drain_until: int | None) -> Instance:
+    """Release `epoch` from now on; the one released so far drains, its leases are renewed until `drain_until`.
+
+    Raises `InstanceRefused` where the epoch does not stand by.
+    """
+    _require_state(_present(db, instance), epoch, "standby")
+    drained = {"state": "draining", "drain_until": drain_until}
+    db.execute(update(epochs).where(epochs.c.instance == instance, epochs.c.state == "active").values(**drained))
+    db.execute(update(epochs).where(*_at(instance, epoch)).values(state="active"))
+    return by_id(db, instance)
+
+
+def retire(db: Connection, vault: Vault, instance: str, epoch: int, *, now: int) -> Instance:
+    """Remove one epoch that drains or stands by: nothing is released or renewed, its grant and its key are destroyed.
+
+    Raises `InstanceRefused`.
+    """
+    _require_state(_present(db, instance), epoch, "draining", "standby")
+    _remove_epoch(db, vault, instance, epoch, now)
+    return by_id(db, instance)
+
+
+def remove(db: Connection, vault: Vault, instance: str, *, now: int) -> Instance:
+    """Refuse releases and renewals from now on, and destroy every stored grant. Raises `InstanceRefused`."""
+    for epoch in _present(db, instance).epochs:
+        if epoch.state != "removed":
+            _remove_epoch(db, vault, instance, epoch.number, now)
     return by_id(db, instance)
 
 
@@ -155,20 +220,83 @@ def find(db: Connection, instance: str) -> Instance | None:
 
 def everything(db: Connection, *, removed: bool = False) -> Sequence[Instance]:
     """All present instances, oldest first; with `removed`, also those that were removed."""
-    query = select(instances).order_by(instances.c.added_at, instances.c.id)
-    rows = db.execute(query if removed else query.where(instances.c.removed_at.is_(None))).all()
-    return [_instance(db, row) for row in rows]
+    rows = db.execute(select(instances).order_by(instances.c.added_at, instances.c.id)).all()
+    return [found for found in (_instance(db, row) for row in rows) if removed or not found.removed]
+
+
+def _present(db: Connection, instance: str) -> Instance:
+    found = by_id(db, instance)
+    if found.removed:
+        raise InstanceRefused.because("instance", "a removed one", "a registered instance")
+    return found
+
+
+def _require_next(known: Instance, manifest: Manifest, domain: str | None) -> None:
+    """Another epoch of the same instance, for the same users, newer than all before."""
+    again = known.epoch(manifest.epoch)
+    if again is not None:
+        state = "removed" if again.state == "removed" else "registered"
+        raise InstanceRefused.because("instance", f"one that is {state} already", "an epoch never added before")
+    newest = max(epoch.number for epoch in known.epochs)
+    if known.removed or manifest.epoch < newest:
+        allowed = "none: the instance was removed" if known.removed else f"above {newest}"
+        raise InstanceRefused.because("instance epoch", manifest.epoch, allowed)
+    if known.domain != domain:
+        raise InstanceRefused.because("instance", "an epoch for other users", f"as registered: {known.kind}")
+
+
+def _require_state(found: Instance, number: int, *allowed: State) -> None:
+    epoch = found.epoch(number)
+    if epoch is None or epoch.state not in allowed:
+        state = "not registered" if epoch is None else epoch.state
+        raise InstanceRefused.because(f"epoch {number}", state, " or ".join(allowed))
+
+
+def _remove_epoch(db: Connection, vault: Vault, instance: str, number: int, now: int) -> None:
+    stored = grants.c.instance == instance, grants.c.epoch == number
+    data_key = db.execute(select(grants.c.data_key).where(*stored)).scalar()
+    if data_key is not None:
+        vault.destroy(db, data_key, now=now)
+    db.execute(delete(grants).where(*stored))
+    db.execute(delete(canaries).where(canaries.c.instance == instance, canaries.c.epoch == number))
+    db.execute(update(epochs).where(*_at(instance, number)).values(state="removed", removed_at=now))
+
+
+def _domain_key(db: Connection, vault: Vault, domain: str, now: int) -> bytes:
+    subject = f"domain/{domain}"
+    return vault.find(db, subject) or vault.make(db, subject, parent=None, now=now)
+
+
+def _grant_row(instance: str, epoch: int) -> list[object]:
+    return ["grant", instance, epoch]
+
+
+def _at(instance: str, epoch: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return epochs.c.instance == instance, epochs.c.number == epoch
 
 
 def _instance(db: Connection, row: Row[tuple[object, ...]]) -> Instance:
-    allowed = db.execute(select(members.c.user).where(members.c.instance == row.id).order_by(members.c.user))
-    return Instance(**row._mapping, members=tuple(allowed.scalars()), leakage=_leakage(db, row.id))
+    if row.kind == "shared":
+        allowed = select(members.c.user).where(members.c.instance == row.id)
+    else:
+        allowed = select(users.c.id).where(users.c.domain == row.domain, users.c.removed_at.is_(None))
+    copies = db.execute(select(epochs).where(epochs.c.instance == row.id).order_by(epochs.c.number))
+    return Instance(
+        **row._mapping,
+        members=tuple(sorted(db.execute(allowed).scalars())),
+        epochs=tuple(_epoch(db, each) for each in copies.all()),
+    )
 
 
-def _leakage(db: Connection, instance: str) -> Leakage | None:
-    summary = db.execute(
-        select(leakage_summaries.c.summary).where(leakage_summaries.c.instance == instance)
-    ).scalar_one_or_none()
+def _epoch(db: Connection, row: Row[tuple[object, ...]]) -> Epoch:
+    fields = dict(row._mapping)
+    leakage = _leakage(db, fields.pop("instance"), row.number)
+    return Epoch(**fields, leakage=leakage)
+
+
+def _leakage(db: Connection, instance: str, epoch: int) -> Leakage | None:
+    where = leakage_summaries.c.instance == instance, leakage_summaries.c.epoch == epoch
+    summary = db.execute(select(leakage_summaries.c.summary).where(*where)).scalar_one_or_none()
     try:
         return None if summary is None else Leakage.model_validate_json(summary)
     except ValidationError:

@@ -6,23 +6,28 @@ transaction. Every decision leaves an entry in the audit log, in the transaction
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from sqlalchemy import Connection
+
 from stip_keyservice.home import Home
-from stip_keyservice.service import instances, leases, nonces, release, users, vault
+from stip_keyservice.service import instances, leases, nonces, release, users
 from stip_keyservice.service.auditlog import AuditLog, Trail
-from stip_keyservice.service.instances import Instance
+from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.leases import LeaseRecord
 from stip_keyservice.service.linkca import issue_link_certificate, read_link_key
+from stip_keyservice.service.nonces import Nonces
 from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.release import Applicant, Request
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import open_vault
 from stip_protocol.documents import Signed
-from stip_protocol.errors import FrameInvalid, InstanceRefused, LeakageRefused
-from stip_protocol.release import AuditHead, Bundle, Grant, Heartbeat, Renewal, open_heartbeat, seal, service_id
+from stip_protocol.errors import FrameInvalid, InstanceRefused, LeakageRefused, NonceRefused
+from stip_protocol.release import AuditHead, Bundle, Claims, Grant, Heartbeat, Renewal, open_heartbeat, seal, service_id
 from stip_protocol.telemetry import AUDIT_SEQUENCE, RELEASES, Telemetry
 
 HEARTBEAT_LIMIT = 1024
@@ -44,6 +49,7 @@ class _Issued:
     """What a granted release has to seal."""
 
     instance: Instance
+    epoch: Epoch
     record: LeaseRecord | None
     """The lease of a bundle; None for a grant."""
     grant: Grant | None = field(repr=False)
@@ -68,6 +74,7 @@ class Issuer:
         self._home, self._store, self._policy, self._telemetry = home, store, policy, telemetry
         self._root_der, self._clock = root_der, clock
         self._service = service_id(home.service.public_key())
+        self._nonces, self._vault = Nonces(home.service), open_vault(home)
         self._policy_digest = policy.digest()
         entries = telemetry.gauge(AUDIT_SEQUENCE)
         self._audit = AuditLog(store, home.service, observe=entries.set)
@@ -75,27 +82,25 @@ class Issuer:
 
     def challenge(self) -> Challenge:
         """A fresh nonce."""
-        bounds = self._policy.release
-        with self._store.write() as db:
-            nonce = nonces.issue(db, now=self._now(), seconds=bounds.nonce_seconds, limit=bounds.max_pending_nonces)
-        return Challenge(nonce, bounds.nonce_seconds, self._service)
+        seconds = self._policy.release.nonce_seconds
+        return Challenge(self._nonces.issue(now=self._now(), seconds=seconds), seconds, self._service)
 
     def release(self, request: Request) -> tuple[bytes, bytes]:
         """(sealed, signature) of a `Bundle` or a `Grant`.
 
         Raises what `release` and `nonces` raise, `LeakageRefused` and `BudgetSpent`. The claims' nonce is spent in
-        any case.
+        any case, in the one transaction that also holds the decision and its entry.
         """
         claims = release.read_claims(request.claims)
         trail = Trail("release", self._now(), {"kind": claims.kind, "instance": claims.instance})
-        with self._audit.refusals(trail):
-            nonces.consume(self._store, claims.nonce, now=trail.now)
+        with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail.now)):
+            expires = self._nonces.require(claims.nonce, now=trail.now, seconds=self._policy.release.nonce_seconds)
             with self._telemetry.stage("verify").time():
                 applicant = release.examine(
                     request, claims, self._policy, service=self._service, root_der=self._root_der, now=trail.now
                 )
-                trail.subject["measurement"] = applicant.measurement
-            issued = self._issue(applicant, trail)
+                trail.subject["measurement"] = applicant.enclave.measurement
+            issued = self._issue(applicant, trail, expires)
         with self._telemetry.stage("seal").time():
             sealed = self._seal(applicant, issued, trail.now)
         self._granted(claims.kind)
@@ -115,15 +120,15 @@ class Issuer:
         with self._audit.refusals(trail), self._store.write() as db:
             record = leases.find(db, handle)
             beat = open_heartbeat(heartbeat, signature, read_link_key(record.link_key))
-            trail.subject |= {"user": record.user, "instance": record.instance}
-            self._require_running(record, users.by_id(db, record.user), instances.by_id(db, record.instance))
+            trail.subject |= {"user": record.user, "instance": record.instance, "epoch": record.epoch}
+            epoch = self._require_running(db, record)
             again = leases.answered(record, heartbeat)
             if again is not None:
                 return again
             renewed, debited = leases.renew(db, record, beat, self._policy.lease, now=trail.now)
             trail.subject["tokens"] = debited
             head = self._audit.append(db, trail)
-            renewal = self._renewal(renewed, beat, head, trail.now)
+            renewal = self._renewal(renewed, epoch, beat, head, trail.now)
             leases.store_renewal(db, renewed, heartbeat, renewal)
         self._granted("renewal")
         return renewal
@@ -132,38 +137,45 @@ class Issuer:
         """Registered instances that the policy's leakage maxima refuse, by id, each with the rule it breaks."""
         with self._store.read() as db:
             registered = instances.everything(db)
-        refusals = ((instance.id, self._objection(instance)) for instance in registered)
-        return {instance: refusal for instance, refusal in refusals if refusal is not None}
+        return {instance.id: refusal for instance in registered for refusal in self._objections(instance)}
 
-    def _issue(self, applicant: Applicant, trail: Trail) -> _Issued:
+    def _burn(self, db: Connection, claims: Claims, now: int) -> None:
+        """A refusal spends the nonce as well, where it was a good one."""
+        with contextlib.suppress(NonceRefused):
+            expires = self._nonces.require(claims.nonce, now=now, seconds=self._policy.release.nonce_seconds)
+            nonces.spend(db, claims.nonce, expires=expires, now=now)
+
+    def _issue(self, applicant: Applicant, trail: Trail, nonce_expires: int) -> _Issued:
         with self._store.write() as db:
-            user = users.by_key(db, applicant.delegation.user)
-            if user is not None:
-                trail.subject["user"] = user.id
-            user, instance = release.require_entitled(
-                applicant.claims, user, instances.find(db, applicant.claims.instance)
-            )
-            self._policy.require_measured(instance.leakage, instance.preset)
+            claims = applicant.claims
+            nonces.spend(db, claims.nonce, expires=nonce_expires, now=trail.now)
+            holder = users.by_key(db, applicant.delegation.user)
+            if holder is not None:
+                trail.subject |= {"user": holder[0].id, "device": holder[1].id}
+            holder, instance, epoch = release.require_entitled(claims, holder, instances.find(db, claims.instance))
+            trail.subject["epoch"] = epoch.number
+            self._policy.require_measured(epoch.leakage, epoch.preset)
             # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
-            grant = self._grant(instance) if instance.kind == "dedicated" or applicant.claims.kind == "grant" else None
+            carried = instance.kind == "dedicated" or claims.kind == "grant"
+            grant = instances.grant(db, self._vault, instance.id, epoch.number) if carried else None
             record = None
-            if applicant.claims.kind == "bundle":
-                record = leases.issue(db, applicant, user, instance, self._policy.lease, now=trail.now)
+            if claims.kind == "bundle":
+                record = leases.issue(db, applicant, holder, (instance, epoch), self._policy.lease, now=trail.now)
                 trail.subject |= {"handle": record.handle, "tokens": record.tokens}
             head = self._audit.append(db, trail)
-        return _Issued(instance, record, grant, head)
+        return _Issued(instance, epoch, record, grant, head)
 
     def _seal(self, applicant: Applicant, issued: _Issued, now: int) -> tuple[bytes, bytes]:
-        instance, record, grant = issued.instance, issued.record, issued.grant
+        record, grant = issued.record, issued.grant
         if record is None:
             assert grant is not None  # a release without a lease is one of the grant alone
             return seal(grant, applicant.claims_bytes, self._home.service)
         bundle = Bundle(
             delegation=applicant.delegation_digest,
             user_key=secrets.token_bytes(32),
-            instance=instance.id,
-            epoch=instance.epoch,
-            manifest_digest=instance.manifest_digest,
+            instance=issued.instance.id,
+            epoch=issued.epoch.number,
+            manifest_digest=issued.epoch.manifest_digest,
             lease=record.sign(self._home.service, _hash_of(issued.head)),
             link_certificate=self._link_certificate(record, now),
             heartbeat_tokens=self._policy.lease.heartbeat_tokens,
@@ -174,15 +186,13 @@ class Issuer:
         )
         return seal(bundle, applicant.claims_bytes, self._home.service)
 
-    def _grant(self, instance: Instance) -> Grant:
-        assert instance.sealed_grant is not None  # a constraint of the table: only a removed instance has none
-        return vault.unlock(instance.sealed_grant, self._home.storage_key, instance=instance.id, epoch=instance.epoch)
-
-    def _renewal(self, record: LeaseRecord, beat: Heartbeat, head: Signed, now: int) -> bytes:
+    def _renewal(self, record: LeaseRecord, epoch: Epoch, beat: Heartbeat, head: Signed, now: int) -> bytes:
         renewal = Renewal(
             nonce=beat.nonce,
             lease=record.sign(self._home.service, _hash_of(head)),
             link_certificate=self._link_certificate(record, now),
+            audit_head=head.to_bytes(),
+            superseded=epoch.state == "draining",
         )
         return Signed.sign(renewal, self._home.service).to_bytes()
 
@@ -190,19 +200,25 @@ class Issuer:
         key = read_link_key(record.link_key)
         return issue_link_certificate(self._home.link_ca, key, now=now, expires=record.expires)
 
-    def _require_running(self, record: LeaseRecord, user: users.User, instance: Instance) -> None:
-        release.require_present(user)
-        if instance.removed_at is not None:
+    def _require_running(self, db: Connection, record: LeaseRecord) -> Epoch:
+        """The lease's epoch, where everything still holds that it was issued on."""
+        instance = instances.by_id(db, record.instance)
+        user, device = users.by_id(db, record.user), users.device(db, record.device)
+        release.require_present(user, device)
+        epoch = instance.epoch(record.epoch)
+        if epoch is None or epoch.state == "removed":
             raise InstanceRefused.because("lease instance", "one that was removed", "a registered instance")
         release.require_member(user, instance)
-        self._policy.require_measured(instance.leakage, instance.preset)
+        self._policy.require_measured(epoch.leakage, epoch.preset)
+        return epoch
 
-    def _objection(self, instance: Instance) -> LeakageRefused | None:
-        try:
-            self._policy.require_measured(instance.leakage, instance.preset)
-        except LeakageRefused as refusal:
-            return refusal
-        return None
+    def _objections(self, instance: Instance) -> Iterator[LeakageRefused]:
+        for epoch in instance.epochs:
+            try:
+                if epoch.state != "removed":
+                    self._policy.require_measured(epoch.leakage, epoch.preset)
+            except LeakageRefused as refusal:
+                yield refusal
 
     def _granted(self, kind: str) -> None:
         self._telemetry.counter(RELEASES).labels(kind=kind).inc()

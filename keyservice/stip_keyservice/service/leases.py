@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, delete, insert, select, update
 
 from stip_keyservice.service import budgets
-from stip_keyservice.service.instances import Instance
+from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.policy import LeasePolicy
 from stip_keyservice.service.release import Applicant
-from stip_keyservice.service.store import leases
-from stip_keyservice.service.users import User
+from stip_keyservice.service.state.schema import leases
+from stip_keyservice.service.users import Device, User
 from stip_protocol.documents import Signed
 from stip_protocol.errors import (
     BudgetSpent,
@@ -45,12 +45,19 @@ class LeaseRecord:
 
     handle: bytes
     user: str
+    device: str
     instance: str
     epoch: int
     manifest_digest: bytes
     audience: str
     link_key: bytes
     """SubjectPublicKeyInfo (DER) of the claims' link key, which signs heartbeats."""
+    link_key_digest: bytes
+    """SHA-256 of it: what the lease names the link by."""
+    tls_key: bytes
+    """SHA-256 of the enclave's RA-TLS key: how an enclave is named where it is revoked."""
+    enclave: bytes = field(repr=False)
+    """`EnclaveFacts`: what its evidence established."""
     delegated_until: int
     """The delegation's end: no lease outlives the user's word."""
     serial: int
@@ -58,6 +65,8 @@ class LeaseRecord:
     fed: int
     not_before: int
     expires: int
+    revoked: int | None = None
+    """Number of the revocation that ended it."""
     heartbeat: bytes | None = field(default=None, repr=False)
     """SHA-256 of the last heartbeat that was answered."""
     renewal: bytes | None = field(default=None, repr=False)
@@ -72,7 +81,7 @@ class LeaseRecord:
             instance=self.instance,
             epoch=self.epoch,
             manifest_digest=self.manifest_digest,
-            link_key=hashlib.sha256(self.link_key).digest(),
+            link_key=self.link_key_digest,
             not_before=self.not_before,
             expires=self.expires,
             tokens=self.tokens,
@@ -82,12 +91,19 @@ class LeaseRecord:
 
 
 def issue(
-    db: Connection, applicant: Applicant, user: User, instance: Instance, policy: LeasePolicy, *, now: int
+    db: Connection,
+    applicant: Applicant,
+    holder: tuple[User, Device],
+    of: tuple[Instance, Epoch],
+    policy: LeasePolicy,
+    *,
+    now: int,
 ) -> LeaseRecord:
     """Debit a first chunk and record a lease for it. Raises `BudgetSpent`.
 
     The chunk is what the claims ask for (0: as much as there is in one), at most the policy's and what is left.
     """
+    (user, device), (instance, epoch) = holder, of
     wanted = applicant.claims.tokens or policy.tokens
     tokens = budgets.debit(db, user.id, min(wanted, policy.tokens))
     if tokens == 0:
@@ -96,11 +112,15 @@ def issue(
     record = LeaseRecord(
         handle=secrets.token_bytes(HANDLE_BYTES),
         user=user.id,
+        device=device.id,
         instance=instance.id,
-        epoch=instance.epoch,
-        manifest_digest=instance.manifest_digest,
+        epoch=epoch.number,
+        manifest_digest=epoch.manifest_digest,
         audience=policy.audience,
         link_key=applicant.claims.link_key,
+        link_key_digest=hashlib.sha256(applicant.claims.link_key).digest(),
+        tls_key=applicant.claims.tls_key,
+        enclave=applicant.enclave.to_bytes(),
         delegated_until=applicant.delegation.expires,
         serial=0,
         tokens=tokens,

@@ -10,7 +10,7 @@ from stip_keyservice.service.config import KeyServiceSettings, trust
 from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.server import KeyServiceServicer
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
 from stip_protocol import rpc
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.serving import serve

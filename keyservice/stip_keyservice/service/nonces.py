@@ -1,38 +1,70 @@
-"""Challenges: nonces that are good once, for a short time, and never too many at a time."""
+"""Challenges: nonces that are good once, for a short time.
+
+    nonce = expires (8 bytes, big-endian Unix seconds) ‖ 8 random bytes ‖ HMAC-SHA256(key, the 16 bytes before)[:16]
+
+Issuing one writes nothing: anybody may ask, and no stranger fills a table or pushes a waiting enclave's nonce out of
+it. Every replica of the service has the key and knows a nonce of every other. What is remembered are nonces that were
+spent, until some time after they would have expired; the row is written in the transaction of the decision it was spent
+on, whichever that was.
+"""
 
 from __future__ import annotations
 
+import hmac
 import secrets
 
-from sqlalchemy import Connection, delete, insert, literal_column, select
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from sqlalchemy import Connection, delete
 
-from stip_keyservice.service.store import Store, nonces
+from stip_keyservice.service.state.schema import spent_nonces
+from stip_keyservice.service.state.store import insert_into
 from stip_protocol.errors import NonceRefused
+from stip_protocol.lease import CLOCK_SKEW
 from stip_protocol.release import NONCE_BYTES
 
-
-def issue(db: Connection, *, now: int, seconds: int, limit: int) -> bytes:
-    """A fresh nonce, good until `now + seconds`, or until `limit` younger ones are pending.
-
-    Anybody may ask for challenges, so at the limit the oldest gives way: refusing new ones instead would let a
-    stranger with a few requests a second keep every enclave out.
-    """
-    db.execute(delete(nonces).where(nonces.c.expires <= now))
-    kept = select(nonces.c.nonce).order_by(nonces.c.expires.desc(), literal_column("rowid").desc()).limit(limit - 1)
-    db.execute(delete(nonces).where(nonces.c.nonce.not_in(kept)))
-    nonce = secrets.token_bytes(NONCE_BYTES)
-    db.execute(insert(nonces).values(nonce=nonce, expires=now + seconds))
-    return nonce
+_HEAD, _TAG = 16, 16
+_KEY_INFO = b"stip/challenge-nonces"
+KEPT_SECONDS = 2 * CLOCK_SKEW
+"""A spent nonce is remembered for so long after its end: replicas' clocks differ."""
 
 
-def consume(store: Store, nonce: bytes, *, now: int) -> None:
-    """Take the nonce out for good, whatever is decided afterwards: its own transaction, committed here.
+class Nonces:
+    """The challenges of one service, on every replica that has its signing key."""
 
-    Raises `NonceRefused` where it was never issued, was used before, gave way, or has expired.
-    """
-    with store.write() as db:
-        expires = db.execute(delete(nonces).where(nonces.c.nonce == nonce).returning(nonces.c.expires)).scalar()
-    if expires is None:
-        raise NonceRefused.because("claims nonce", "one that is not pending", "a challenge not used before")
-    if expires <= now:
-        raise NonceRefused.because("claims nonce", f"expired {now - expires} s ago", "a challenge in its time")
+    def __init__(self, service: Ed25519PrivateKey) -> None:
+        """The MAC key is HKDF-SHA256 (RFC 5869) over the service's signing key."""
+        kdf = HKDF(hashes.SHA256(), 32, salt=None, info=_KEY_INFO)
+        self._key = kdf.derive(service.private_bytes_raw())
+
+    def issue(self, *, now: int, seconds: int) -> bytes:
+        """A fresh nonce, good until `now + seconds`."""
+        head = (now + seconds).to_bytes(8, "big") + secrets.token_bytes(8)
+        return head + self._tag(head)
+
+    def require(self, nonce: bytes, *, now: int, seconds: int) -> int:
+        """When a nonce expires. Whether it was spent, `spend` says.
+
+        Raises `NonceRefused` where it is not one of ours, has expired, or was issued at a time to come.
+        """
+        ours = len(nonce) == NONCE_BYTES and hmac.compare_digest(self._tag(nonce[:_HEAD]), nonce[_HEAD:])
+        if not ours:
+            raise NonceRefused.because("claims nonce", "one that was never issued", "a challenge of this service")
+        expires = int.from_bytes(nonce[:8], "big")
+        if expires <= now:
+            raise NonceRefused.because("claims nonce", f"expired {now - expires} s ago", "a challenge in its time")
+        if expires > now + seconds + CLOCK_SKEW:
+            raise NonceRefused.because("claims nonce", "one from a time to come", "a challenge in its time")
+        return expires
+
+    def _tag(self, head: bytes) -> bytes:
+        return hmac.digest(self._key, head, "sha256")[:_TAG]
+
+
+def spend(db: Connection, nonce: bytes, *, expires: int, now: int) -> None:
+    """Take a nonce out for good, with the caller's transaction. Raises `NonceRefused` where it was spent before."""
+    db.execute(delete(spent_nonces).where(spent_nonces.c.expires < now - KEPT_SECONDS))
+    spent = insert_into(db, spent_nonces).values(nonce=nonce, expires=expires).on_conflict_do_nothing()
+    if db.execute(spent).rowcount == 0:
+        raise NonceRefused.because("claims nonce", "one that was spent", "a challenge not used before")

@@ -15,8 +15,7 @@
 
     [release]
     nonce_seconds = 60
-    max_pending_nonces = 1024
-    delegation_seconds = 86400      # the longest delegation accepted
+        delegation_seconds = 86400      # the longest delegation accepted
 
     [leakage]                       # see stip_keyservice.service.leakage
     required = true
@@ -63,8 +62,6 @@ class ReleasePolicy(Settings):
     """Bounds of the release protocol."""
 
     nonce_seconds: int = Field(default=60, ge=1, le=600)
-    max_pending_nonces: int = Field(default=1024, ge=1, le=2**20)
-    """Beyond them the oldest gives way."""
     delegation_seconds: int = Field(default=DELEGATION_LIFE_LIMIT, ge=60, le=DELEGATION_LIFE_LIMIT)
 
 
@@ -108,10 +105,7 @@ class Policy(Settings):
             self.leakage.require(measured, preset)
 
     def digest(self) -> bytes:
-        """SHA-256 of the policy's meaning: comments and order in the file do not count.
-
-        Without `[leakage]` it is what it was before there were maxima.
-        """
+        """SHA-256 of the policy's meaning: comments and order in the file do not count."""
         meaning = [
             "stip/keyservice-policy",
             list(self.version),

@@ -4,10 +4,11 @@ Nothing here reads a file, a database or a clock; every rule of the release prot
 that the key service must hold is in this module, in the order it is tried:
 
 1. `read_claims`: the claims parse.
-2. (the caller takes the nonce out, for good)
+2. the claims' nonce is a challenge of this service in its time (`nonces`).
 3. `examine`: the claims are made out to this service; the evidence is accepted and binds the claims; the
    delegation is signed by the key it names, not expired, and names this enclave key, measurement and instance.
-4. `require_entitled`: that key is a present user's, who may use the instance, which serves this kind.
+4. (the caller takes the nonce out for good, whatever was decided)
+   `require_entitled`: that key is of a present user's device, who may use the instance, which serves this kind.
 5. (the caller holds what an audit of the instance measured against the policy: `Policy.require_measured`)
 """
 
@@ -15,17 +16,20 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from pydantic import Field
 
-from stip_keyservice.service.instances import Instance
+from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.linkca import read_link_key
 from stip_keyservice.service.policy import Policy
-from stip_keyservice.service.users import User
+from stip_keyservice.service.users import Device, User
 from stip_protocol.attestation import verifier
 from stip_protocol.attestation.evidence import Evidence
-from stip_protocol.documents import Signed
+from stip_protocol.attestation.verifier import Verified
+from stip_protocol.documents import Document, Signed
 from stip_protocol.errors import (
     DelegationRefused,
     FrameInvalid,
@@ -35,7 +39,7 @@ from stip_protocol.errors import (
     SignatureInvalid,
     UserRefused,
 )
-from stip_protocol.lease import CLOCK_SKEW
+from stip_protocol.lease import CLOCK_SKEW, Bytes32, Tokens
 from stip_protocol.release import DER_LIMIT, Claims, Delegation, report_data
 
 CLAIMS_LIMIT = 2 * DER_LIMIT
@@ -52,6 +56,21 @@ class Request:
     delegation: bytes = field(repr=False)
 
 
+class EnclaveFacts(Document):
+    """What accepted evidence established about an enclave: kept with its leases, and held against later policies."""
+
+    context: ClassVar[str] = "stip/enclave-facts"
+
+    measurement: Bytes32
+    signer: Bytes32
+    isv_prod_id: Tokens
+    isv_svn: Tokens
+    platforms: tuple[bytes, ...] = Field(strict=False, max_length=2)
+    """Platform instance id, where it has one, and PPID."""
+    tcb_status: str
+    advisories: tuple[str, ...] = Field(strict=False)
+
+
 @dataclass(frozen=True)
 class Applicant:
     """Who asks, once evidence and delegation hold."""
@@ -60,7 +79,7 @@ class Applicant:
     claims_bytes: bytes = field(repr=False)
     delegation: Delegation
     delegation_digest: bytes
-    measurement: bytes
+    enclave: EnclaveFacts
 
 
 def read_claims(data: bytes) -> Claims:
@@ -101,33 +120,57 @@ def examine(
         claims_bytes=request.claims,
         delegation=delegation,
         delegation_digest=claims.delegation,
-        measurement=verified.measurement,
+        enclave=_facts(verified),
     )
 
 
-def require_entitled(claims: Claims, user: User | None, instance: Instance | None) -> tuple[User, Instance]:
-    """Both, where the user may have what is asked for. Raises `UserRefused`, `InstanceRefused`."""
-    if user is None:
-        raise UserRefused.because("delegation user", "a key that is not registered", "a registered user's key")
-    require_present(user)
-    if instance is None or instance.removed_at is not None:
+def require_entitled(
+    claims: Claims, holder: tuple[User, Device] | None, instance: Instance | None
+) -> tuple[tuple[User, Device], Instance, Epoch]:
+    """Who asks for what, and the epoch they get, where they may have it. Raises `UserRefused`, `InstanceRefused`."""
+    if holder is None:
+        raise UserRefused.because("delegation user", "a key that is not registered", "a registered device's key")
+    require_present(*holder)
+    if instance is None or instance.removed:
         raise InstanceRefused.because("claims instance", "one that is not registered", "a registered instance")
-    require_member(user, instance)
+    require_member(holder[0], instance)
     if claims.kind == "grant" and instance.kind != "shared":
         raise InstanceRefused.because("claims kind", "grant for a dedicated instance", "bundle, which carries it")
-    return user, instance
+    epoch = instance.released(claims.epochs)
+    if epoch is None:
+        released = ", ".join(str(each.number) for each in instance.epochs if each.state in ("active", "draining"))
+        held = ", ".join(map(str, claims.epochs))
+        raise InstanceRefused.because("claims epochs", held, f"one that is released: {released or 'none'}")
+    return holder, instance, epoch
 
 
-def require_present(user: User) -> None:
-    """Raises `UserRefused` where the user was removed."""
+def require_present(user: User, device: Device) -> None:
+    """Raises `UserRefused` where the user was removed or disabled, or the device removed."""
     if user.removed_at is not None:
         raise UserRefused.because("user", "one that was removed", "a registered user")
+    if user.disabled_at is not None:
+        raise UserRefused.because("user", "one that is disabled", "a user who is not")
+    if device.removed_at is not None:
+        raise UserRefused.because("device", "one that was removed", "a registered device")
 
 
 def require_member(user: User, instance: Instance) -> None:
     """Raises `UserRefused` where the instance is not for this user."""
     if user.id not in instance.members:
         raise UserRefused.because("user", "not a member of this instance", "the members of the instance")
+
+
+def _facts(verified: Verified) -> EnclaveFacts:
+    platform = verified.platform
+    return EnclaveFacts(
+        measurement=verified.measurement,
+        signer=verified.signer,
+        isv_prod_id=verified.isv_prod_id,
+        isv_svn=verified.isv_svn,
+        platforms=tuple(name for name in (platform.instance_id, platform.ppid) if name is not None),
+        tcb_status=verified.tcb_status,
+        advisories=verified.advisories,
+    )
 
 
 def _open_delegation(data: bytes, claims: Claims, policy: Policy, now: int) -> Delegation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import structlog
 from stip_keyservice.service.config import Limits
 from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.release import Request
-from stip_protocol.errors import DeadlineExceeded, Overloaded
+from stip_protocol.errors import DeadlineExceeded, Overloaded, Unavailable
 from stip_protocol.rpc import REQUEST_ID_KEY
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 
@@ -56,6 +56,12 @@ class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
         with _request_id(context):
             renewal = await self._in_thread(lambda: self._issuer.renew(request.heartbeat, request.signature))
             return keyservice_pb2.RenewReply(renewal=renewal)
+
+    async def Watch(  # noqa: N802 - the name is the wire's
+        self, request: keyservice_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[keyservice_pb2.WatchReply]:
+        raise Unavailable("watch: not served")
+        yield
 
     async def drain(self) -> None:
         """Wait for the work that is under way."""

@@ -1,4 +1,8 @@
-"""Users: data owners by their Ed25519 public key, with a budget and the instances they may use."""
+"""Users: data owners with a budget, and the devices whose keys may sign for them.
+
+A trust domain is a name that users share who accept to be readable by each other; a user who is given none is a domain
+of their own. A dedicated instance belongs to a domain.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,28 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from sqlalchemy import Connection, Row, insert, select, update
 
-from stip_keyservice.service.store import members, users
+from stip_keyservice.service.state.schema import devices, instances, members, users
 from stip_protocol.errors import ConfigurationError, UserRefused
 
 BUDGET_LIMIT = 2**40
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
+"""Of a user, a device or a domain."""
 KEY_TEXT_LIMIT = 4096
+FIRST_DEVICE = "first"
+"""What a device is called that came with its user."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One key that may sign delegations for its user. `id` is random: the audit log uses it."""
+
+    id: str
+    user: str
+    name: str
+    public_key: bytes
+    """Ed25519, raw, 32 bytes."""
+    added_at: int
+    removed_at: int | None
 
 
 @dataclass(frozen=True)
@@ -26,16 +46,19 @@ class User:
 
     id: str
     name: str
-    public_key: bytes
-    """Ed25519, raw, 32 bytes."""
+    domain: str
     budget: int
     """Tokens."""
     spent: int
     """Tokens debited so far, in chunks."""
     added_at: int
+    disabled_at: int | None
+    """Refused while it is set."""
     removed_at: int | None
+    devices: tuple[Device, ...]
+    """Those that may sign now, oldest first."""
     instances: tuple[str, ...]
-    """Instances of which the user is a member."""
+    """Instances the user may use: shared ones that list them, and those dedicated to their domain."""
 
 
 def parse_public_key(text: bytes) -> bytes:
@@ -54,31 +77,81 @@ def parse_public_key(text: bytes) -> bytes:
     return key.public_bytes(Encoding.Raw, PublicFormat.Raw)
 
 
-def add(db: Connection, name: str, public_key: bytes, *, budget: int, now: int) -> User:
-    """Register a user. Raises `UserRefused` where the name is taken or the key was ever registered."""
-    if not NAME.fullmatch(name):
-        raise ConfigurationError.because("user name", ascii(name)[:80], NAME.pattern)
+def add(
+    db: Connection,
+    name: str,
+    public_key: bytes,
+    *,
+    budget: int,
+    now: int,
+    domain: str | None = None,
+    device: str = FIRST_DEVICE,
+) -> User:
+    """Register a user with a first device. Without `domain` they are a domain of their own.
+
+    Raises `UserRefused` where the name is taken or the key was ever registered, `ConfigurationError` for a name or a
+    budget that is not allowed.
+    """
+    _check_name("user name", name)
     _check_budget(budget, at_least=0)
+    if domain is not None:
+        _check_name("domain", domain)
     if db.execute(select(users.c.id).where(users.c.name == name, users.c.removed_at.is_(None))).first():
         raise UserRefused("user name: taken; remove that user first or choose another name", field="name")
-    known = db.execute(select(users.c.removed_at).where(users.c.public_key == public_key)).first()
-    if known is not None:
-        state = "a registered key" if known.removed_at is None else "the key of a removed user"
-        raise UserRefused.because("public key", state, "a key that was never registered")
     user = secrets.token_hex(16)
-    db.execute(insert(users).values(id=user, name=name, public_key=public_key, budget=budget, spent=0, added_at=now))
+    added = {"id": user, "name": name, "domain": domain or f"user/{user}", "budget": budget, "spent": 0}
+    db.execute(insert(users).values(**added, added_at=now))
+    add_device(db, by_id(db, user), device, public_key, now=now)
     return by_id(db, user)
+
+
+def add_device(db: Connection, user: User, name: str, public_key: bytes, *, now: int) -> Device:
+    """Let another key sign for `user`. Raises `UserRefused` where the key was ever registered or the name is taken."""
+    _check_name("device name", name)
+    known = db.execute(select(devices.c.removed_at).where(devices.c.public_key == public_key)).first()
+    if known is not None:
+        state = "a registered key" if known.removed_at is None else "the key of a removed device"
+        raise UserRefused.because("public key", state, "a key that was never registered")
+    if any(device.name == name for device in user.devices):
+        raise UserRefused("device name: taken; remove that device first or choose another name", field="name")
+    device = Device(secrets.token_hex(16), user.id, name, public_key, now, None)
+    db.execute(insert(devices).values(**vars(device)))
+    return device
+
+
+def remove_device(db: Connection, user: User, name: str, *, now: int) -> Device:
+    """Refuse what the device signs from now on. Raises `UserRefused` where the user has none of that name."""
+    found = next((device for device in user.devices if device.name == name), None)
+    if found is None:
+        raise UserRefused.because("device", "no such device", "; ".join(one.name for one in user.devices) or "none")
+    db.execute(update(devices).where(devices.c.id == found.id).values(removed_at=now))
+    return found
 
 
 def remove(db: Connection, name: str, *, now: int) -> User:
     """Refuse the user from now on: no release, and no renewal of any running lease. Raises `UserRefused`."""
     user = by_name(db, name)
     db.execute(update(users).where(users.c.id == user.id).values(removed_at=now))
+    db.execute(update(devices).where(devices.c.user == user.id, devices.c.removed_at.is_(None)).values(removed_at=now))
+    return by_id(db, user.id)
+
+
+def disable(db: Connection, name: str, *, now: int) -> User:
+    """Refuse the user until `enable`. Raises `UserRefused`."""
+    user = by_name(db, name)
+    db.execute(update(users).where(users.c.id == user.id, users.c.disabled_at.is_(None)).values(disabled_at=now))
+    return by_id(db, user.id)
+
+
+def enable(db: Connection, name: str) -> User:
+    """Accept a disabled user again. Raises `UserRefused`."""
+    user = by_name(db, name)
+    db.execute(update(users).where(users.c.id == user.id).values(disabled_at=None))
     return by_id(db, user.id)
 
 
 def set_budget(db: Connection, name: str, budget: int) -> User:
-    """Set the total a user may ever spend. Raises `ConfigurationError` below what was spent."""
+    """Set the total a user may ever spend. Raises `ConfigurationError` below what was spent, `UserRefused`."""
     user = by_name(db, name)
     _check_budget(budget, at_least=user.spent)
     db.execute(update(users).where(users.c.id == user.id).values(budget=budget))
@@ -98,10 +171,15 @@ def by_id(db: Connection, user: str) -> User:
     return _user(db, db.execute(select(users).where(users.c.id == user)).one())
 
 
-def by_key(db: Connection, public_key: bytes) -> User | None:
-    """The user of that key, removed or not; None where it was never registered."""
-    row = db.execute(select(users).where(users.c.public_key == public_key)).first()
-    return None if row is None else _user(db, row)
+def by_key(db: Connection, public_key: bytes) -> tuple[User, Device] | None:
+    """Whose key that is, and of which device, removed or not; None where it was never registered."""
+    row = db.execute(select(devices).where(devices.c.public_key == public_key)).first()
+    return None if row is None else (by_id(db, row.user), Device(**row._mapping))
+
+
+def device(db: Connection, identity: str) -> Device:
+    """The device of a known id, removed or not."""
+    return Device(**db.execute(select(devices).where(devices.c.id == identity)).one()._mapping)
 
 
 def everyone(db: Connection, *, removed: bool = False) -> Sequence[User]:
@@ -111,11 +189,27 @@ def everyone(db: Connection, *, removed: bool = False) -> Sequence[User]:
     return [_user(db, row) for row in rows]
 
 
+def _check_name(field: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ConfigurationError.because(field, ascii(name)[:80], NAME.pattern)
+
+
 def _check_budget(budget: int, *, at_least: int) -> None:
     if not at_least <= budget <= BUDGET_LIMIT:
         raise ConfigurationError.because("budget", budget, f"{at_least} to {BUDGET_LIMIT} tokens")
 
 
 def _user(db: Connection, row: Row[tuple[object, ...]]) -> User:
-    allowed = db.execute(select(members.c.instance).where(members.c.user == row.id).order_by(members.c.instance))
-    return User(**row._mapping, instances=tuple(allowed.scalars()))
+    signing = (
+        select(devices)
+        .where(devices.c.user == row.id, devices.c.removed_at.is_(None))
+        .order_by(devices.c.added_at, devices.c.name)
+    )
+    shared = select(members.c.instance).where(members.c.user == row.id)
+    dedicated = select(instances.c.id).where(instances.c.domain == row.domain)
+    allowed = sorted({*db.execute(shared).scalars(), *db.execute(dedicated).scalars()})
+    return User(
+        **row._mapping,
+        devices=tuple(Device(**one._mapping) for one in db.execute(signing)),
+        instances=tuple(allowed),
+    )

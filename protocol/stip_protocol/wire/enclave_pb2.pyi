@@ -241,6 +241,7 @@ class Opened(_message.Message):
     SIMULATED_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    AUDIT_HEAD_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """the request id in every part's log, as hex"""
     preset: _builtins.str
@@ -249,6 +250,8 @@ class Opened(_message.Message):
     simulated: _builtins.bool
     manifest_digest: _builtins.bytes
     epoch: _builtins.int
+    audit_head: _builtins.bytes
+    """signed stip_protocol.release.AuditHead, the newest this enclave has"""
     def __init__(
         self,
         *,
@@ -259,10 +262,11 @@ class Opened(_message.Message):
         simulated: _builtins.bool = ...,
         manifest_digest: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
+        audit_head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "manifest_digest", b"manifest_digest", "max_positions", b"max_positions", "preset", b"preset", "session", b"session", "simulated", b"simulated", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "epoch", b"epoch", "manifest_digest", b"manifest_digest", "max_positions", b"max_positions", "preset", b"preset", "session", b"session", "simulated", b"simulated", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

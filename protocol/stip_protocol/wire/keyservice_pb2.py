@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stip_protocol/wire/keyservice.proto\x12\x12stip.keyservice.v1\"\x12\n\x10\x43hallengeRequest\"A\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0f\n\x07seconds\x18\x02 \x01(\r\x12\x0f\n\x07service\x18\x03 \x01(\x0c\"W\n\x0eReleaseRequest\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\r\n\x05quote\x18\x02 \x01(\x0c\x12\x12\n\ncollateral\x18\x03 \x01(\x0c\x12\x12\n\ndelegation\x18\x04 \x01(\x0c\"1\n\x0cReleaseReply\x12\x0e\n\x06sealed\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"4\n\x0cRenewRequest\x12\x11\n\theartbeat\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x1d\n\nRenewReply\x12\x0f\n\x07renewal\x18\x01 \x01(\x0c\x32\xff\x01\n\nKeyService\x12U\n\tChallenge\x12$.stip.keyservice.v1.ChallengeRequest\x1a\".stip.keyservice.v1.ChallengeReply\x12O\n\x07Release\x12\".stip.keyservice.v1.ReleaseRequest\x1a .stip.keyservice.v1.ReleaseReply\x12I\n\x05Renew\x12 .stip.keyservice.v1.RenewRequest\x1a\x1e.stip.keyservice.v1.RenewReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stip_protocol/wire/keyservice.proto\x12\x12stip.keyservice.v1\"\x12\n\x10\x43hallengeRequest\"A\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0f\n\x07seconds\x18\x02 \x01(\r\x12\x0f\n\x07service\x18\x03 \x01(\x0c\"W\n\x0eReleaseRequest\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\r\n\x05quote\x18\x02 \x01(\x0c\x12\x12\n\ncollateral\x18\x03 \x01(\x0c\x12\x12\n\ndelegation\x18\x04 \x01(\x0c\"1\n\x0cReleaseReply\x12\x0e\n\x06sealed\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"4\n\x0cRenewRequest\x12\x11\n\theartbeat\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x1d\n\nRenewReply\x12\x0f\n\x07renewal\x18\x01 \x01(\x0c\"B\n\x0cWatchRequest\x12\r\n\x05watch\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x10\n\x08link_key\x18\x03 \x01(\x0c\"\x1c\n\nWatchReply\x12\x0e\n\x06notice\x18\x01 \x01(\x0c\x32\xcc\x02\n\nKeyService\x12U\n\tChallenge\x12$.stip.keyservice.v1.ChallengeRequest\x1a\".stip.keyservice.v1.ChallengeReply\x12O\n\x07Release\x12\".stip.keyservice.v1.ReleaseRequest\x1a .stip.keyservice.v1.ReleaseReply\x12I\n\x05Renew\x12 .stip.keyservice.v1.RenewRequest\x1a\x1e.stip.keyservice.v1.RenewReply\x12K\n\x05Watch\x12 .stip.keyservice.v1.WatchRequest\x1a\x1e.stip.keyservice.v1.WatchReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +43,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RENEWREQUEST']._serialized_end=338
   _globals['_RENEWREPLY']._serialized_start=340
   _globals['_RENEWREPLY']._serialized_end=369
-  _globals['_KEYSERVICE']._serialized_start=372
-  _globals['_KEYSERVICE']._serialized_end=627
+  _globals['_WATCHREQUEST']._serialized_start=371
+  _globals['_WATCHREQUEST']._serialized_end=437
+  _globals['_WATCHREPLY']._serialized_start=439
+  _globals['_WATCHREPLY']._serialized_end=467
+  _globals['_KEYSERVICE']._serialized_start=470
+  _globals['_KEYSERVICE']._serialized_end=802
 # @@protoc_insertion_point(module_scope)

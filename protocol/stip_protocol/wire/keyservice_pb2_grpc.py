@@ -49,6 +49,11 @@ class KeyServiceStub:
                 request_serializer=stip__protocol_dot_wire_dot_keyservice__pb2.RenewRequest.SerializeToString,
                 response_deserializer=stip__protocol_dot_wire_dot_keyservice__pb2.RenewReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/stip.keyservice.v1.KeyService/Watch',
+                request_serializer=stip__protocol_dot_wire_dot_keyservice__pb2.WatchRequest.SerializeToString,
+                response_deserializer=stip__protocol_dot_wire_dot_keyservice__pb2.WatchReply.FromString,
+                _registered_method=True)
 
 
 class KeyServiceServicer:
@@ -72,6 +77,13 @@ class KeyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """What ends or supersedes the leases of one link key, from now on and as long as the stream is open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +101,11 @@ def add_KeyServiceServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=stip__protocol_dot_wire_dot_keyservice__pb2.RenewRequest.FromString,
                     response_serializer=stip__protocol_dot_wire_dot_keyservice__pb2.RenewReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=stip__protocol_dot_wire_dot_keyservice__pb2.WatchRequest.FromString,
+                    response_serializer=stip__protocol_dot_wire_dot_keyservice__pb2.WatchReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -172,6 +189,33 @@ class KeyService:
             '/stip.keyservice.v1.KeyService/Renew',
             stip__protocol_dot_wire_dot_keyservice__pb2.RenewRequest.SerializeToString,
             stip__protocol_dot_wire_dot_keyservice__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stip.keyservice.v1.KeyService/Watch',
+            stip__protocol_dot_wire_dot_keyservice__pb2.WatchRequest.SerializeToString,
+            stip__protocol_dot_wire_dot_keyservice__pb2.WatchReply.FromString,
             options,
             channel_credentials,
             insecure,

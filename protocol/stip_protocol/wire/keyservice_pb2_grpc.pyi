@@ -34,6 +34,8 @@ class KeyServiceStub:
     Challenge: _grpc.UnaryUnaryMultiCallable[_keyservice_pb2.ChallengeRequest, _keyservice_pb2.ChallengeReply]
     Release: _grpc.UnaryUnaryMultiCallable[_keyservice_pb2.ReleaseRequest, _keyservice_pb2.ReleaseReply]
     Renew: _grpc.UnaryUnaryMultiCallable[_keyservice_pb2.RenewRequest, _keyservice_pb2.RenewReply]
+    Watch: _grpc.UnaryStreamMultiCallable[_keyservice_pb2.WatchRequest, _keyservice_pb2.WatchReply]
+    """What ends or supersedes the leases of one link key, from now on and as long as the stream is open."""
 
 @_typing.type_check_only
 class KeyServiceAsyncStub(KeyServiceStub):
@@ -41,6 +43,8 @@ class KeyServiceAsyncStub(KeyServiceStub):
     Challenge: _aio.UnaryUnaryMultiCallable[_keyservice_pb2.ChallengeRequest, _keyservice_pb2.ChallengeReply]  # type: ignore[assignment]
     Release: _aio.UnaryUnaryMultiCallable[_keyservice_pb2.ReleaseRequest, _keyservice_pb2.ReleaseReply]  # type: ignore[assignment]
     Renew: _aio.UnaryUnaryMultiCallable[_keyservice_pb2.RenewRequest, _keyservice_pb2.RenewReply]  # type: ignore[assignment]
+    Watch: _aio.UnaryStreamMultiCallable[_keyservice_pb2.WatchRequest, _keyservice_pb2.WatchReply]  # type: ignore[assignment]
+    """What ends or supersedes the leases of one link key, from now on and as long as the stream is open."""
 
 class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -63,5 +67,13 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _keyservice_pb2.RenewRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keyservice_pb2.RenewReply, _abc.Awaitable[_keyservice_pb2.RenewReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _keyservice_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keyservice_pb2.WatchReply], _abc.AsyncIterator[_keyservice_pb2.WatchReply]]:
+        """What ends or supersedes the leases of one link key, from now on and as long as the stream is open."""
 
 def add_KeyServiceServicer_to_server(servicer: KeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

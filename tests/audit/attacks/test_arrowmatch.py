@@ -14,7 +14,7 @@ import torch
 
 from stip_keyservice.audit.attacks import arrowmatch
 from stip_keyservice.audit.claims import Claims
-from stip_keyservice.audit.network import Network
+from stip_keyservice.audit.network import CompleteModel, Network
 from stip_keyservice.audit.view import Entry, NotApplicable
 from tests.audit.attacks import relatives
 
@@ -32,13 +32,9 @@ def figures(claims: Any, what: str) -> list[float]:
     return [value for name, value in claims.figures.items() if name.endswith(what)]
 
 
-def plain_logits(plain: Network, ids: Any) -> np.ndarray:
-    with torch.inference_mode():
-        return np.asarray(plain.model(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy())
-
-
 def agreement(stolen: Any, plain: Network, said: Any) -> float:
-    return float(np.mean([(stolen.logits(ids).argmax(1) == plain_logits(plain, ids).argmax(1)).mean() for ids in said]))
+    true = CompleteModel(plain.model)
+    return float(np.mean([(stolen.logits(ids).argmax(1) == true.logits(ids).argmax(1)).mean() for ids in said]))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -53,7 +49,7 @@ def test_as_published_no_row_matches_and_behind_the_key_all_do(matched: Any, pre
 def test_what_matched_makes_the_plain_model(ground: Any, matched: Any, preset: str) -> None:
     for _, stolen in matched(preset).stolen:
         for ids in ground.victims[:2]:
-            np.testing.assert_allclose(stolen.logits(ids), plain_logits(ground.plain, ids), atol=2e-3)
+            np.testing.assert_allclose(stolen.logits(ids), CompleteModel(ground.plain.model).logits(ids), atol=2e-3)
 
 
 @pytest.mark.long
@@ -62,7 +58,7 @@ def test_a_drifted_base_gives_most_of_the_model(ground: Any, tmp_path: Path, pre
     base = relatives.drifted(ground.plain, tmp_path, 0.05)
     claims = arrowmatch.run(replace(ground.view(preset), base=base, entry=Entry(base.embedding, None, 0.05)))
     assert min(figures(claims, BEHIND)) > 0.95
-    prior = agreement(arrowmatch.Causal(base.model), ground.plain, ground.victims)
+    prior = agreement(CompleteModel(base.model), ground.plain, ground.victims)
     own, merged = (agreement(stolen, ground.plain, ground.victims) for _, stolen in claims.stolen)
     assert own > 0.8
     assert own >= prior
@@ -83,7 +79,7 @@ def test_layer_norms_biases_and_learned_positions_come_along(ground: Any, tmp_pa
     known = relatives.protected(ground, plain, tmp_path / "made", preset)
     ids = relatives.texts(1)[0]
     for _, stolen in arrowmatch.run(relatives.view(known, [ids], base=plain)).stolen:
-        np.testing.assert_allclose(stolen.logits(ids), plain_logits(plain, ids), atol=2e-3)
+        np.testing.assert_allclose(stolen.logits(ids), CompleteModel(plain.model).logits(ids), atol=2e-3)
 
 
 def test_what_does_not_match_stays_the_servers_own(ground: Any, tmp_path: Path) -> None:
@@ -98,7 +94,7 @@ def test_what_does_not_match_stays_the_servers_own(ground: Any, tmp_path: Path) 
     assert claims.figures[f"neurons: {TAKEN}"] == pytest.approx(0.5, abs=0.02)
     ids = ground.victims[0]
     for _, stolen in claims.stolen:
-        np.testing.assert_allclose(stolen.logits(ids), plain_logits(ground.plain, ids), atol=5e-3)
+        np.testing.assert_allclose(stolen.logits(ids), CompleteModel(ground.plain.model).logits(ids), atol=5e-3)
 
 
 def test_without_a_public_model_there_are_no_rows_to_match(ground: Any) -> None:

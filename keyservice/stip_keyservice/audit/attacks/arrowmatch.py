@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +22,13 @@ from stip_keyservice.audit.attacks.invariants import matched, polar, unit_pairs,
 from stip_keyservice.audit.attacks.stolen import HeadedCopy, ServerCopy, Tabulated
 from stip_keyservice.audit.claims import Claims, Stolen
 from stip_keyservice.audit.knowledge import Grant
-from stip_keyservice.audit.view import Floats, Ids, NotApplicable, View
+from stip_keyservice.audit.network import CompleteModel
+from stip_keyservice.audit.view import Ids, NotApplicable, View
 
 Bools = NDArray[np.bool_]
 SAME = 0.9
 """|cosine| from which on two rows are one, moved a little."""
 KINDS = ("queries", "keys", "values", "output", "gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class Causal:
-    """A model of transformers. Is a `Stolen`."""
-
-    model: Any
-
-    def logits(self, ids: Ids) -> Floats:
-        with torch.inference_mode():
-            result: Floats = self.model(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
-        return result
 
 
 def run(view: View) -> Claims:
@@ -56,7 +44,7 @@ def run(view: View) -> Claims:
     return Claims(
         stolen=(
             ("the server's weights between the base's tables", _behind(view, ours, theirs, found.key, order)),
-            ("the base's weights where rows match", Causal(unfold(merged, view.base))),
+            ("the base's weights where rows match", CompleteModel(unfold(merged, view.base))),
         ),
         figures=dict(_figures(ours, theirs, pairs)),
     )

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from stip_keyservice.home import HOME_VARIABLE
 from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
 
 EXIT_FAILED, EXIT_INPUT, EXIT_NOT_EQUIVALENT = 1, 2, 3
@@ -21,6 +27,46 @@ LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 """Read by NumPy's OpenBLAS when it is loaded. It draws keys, and its threads wait by spinning: on a machine with other
 work two took twenty times as long as one. Everything else here is parallel over row blocks, or by torch's threads."""
+EXIT_SIGNAL = 128
+"""Plus the number of the signal that stopped the command, as shells report it."""
+
+opening_home = click.option(
+    "--home",
+    type=click.Path(path_type=Path),
+    envvar=HOME_VARIABLE,
+    help="Key service home that signed the instance and opens its secrets.  [default: ~/.stip/keyservice]",
+)
+"""Of commands over an instance that is there."""
+
+
+class Stopped(BaseException):
+    """A signal came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Signals end the command as an exception: threads end, files are closed, temporary folders go. One is enough:
+    those of somebody impatient would end the tidying."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare() -> None:

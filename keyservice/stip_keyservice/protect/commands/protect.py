@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -21,7 +20,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.commands.process import bars, fail, prepare, refuse_core_dumps, say
+from stip_keyservice.protect.commands.process import (
+    EXIT_SIGNAL,
+    Stopped,
+    bars,
+    fail,
+    prepare,
+    refuse_core_dumps,
+    say,
+    stoppable,
+)
 from stip_keyservice.protect.progress import STAGES, Lines, amount, rate_of, silent
 from stip_keyservice.protect.progress import Progress as Callback
 from stip_keyservice.protect.storage.workspace import RECORD, partial_of
@@ -35,8 +43,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 TITLES = 14
 """Columns of the longest title of a stage."""
-EXIT_SIGNAL = 128
-"""Plus the number of the signal that stopped the command, as shells report it."""
 
 EPILOG = """\b
 Examples:
@@ -148,7 +154,7 @@ def protect(
     found = (out / MANIFEST).exists()
     try:
         partial_of(out)
-        with _stoppable(), _progress(quiet) as progress:
+        with stoppable(), _progress(quiet) as progress:
             opened = Home.open(home)
             recipient = opened.sealing.public_key() if seal_to is None else read_x25519(seal_to, field="seal-to")
             result = _protection()(
@@ -167,7 +173,7 @@ def protect(
             )
     except StipError as error:
         fail(error, as_json)
-    except _Stopped as stopped:
+    except Stopped as stopped:
         _leave(stopped, out, as_json, found)
     if as_json:
         click.echo(json.dumps(_report(result)))
@@ -213,30 +219,7 @@ def _progress(quiet: bool) -> Iterator[Callback]:
         yield _Bars(progress)
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM came."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Signals end the command as an exception: threads end, files are closed, and the user is told what is kept."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise _Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave(stopped: _Stopped, out: Path, as_json: bool, found: bool) -> NoReturn:
+def _leave(stopped: Stopped, out: Path, as_json: bool, found: bool) -> NoReturn:
     """After a signal: say what is there. `found`: an instance was there before."""
     out, folder = out.absolute(), partial_of(out)
     left = ""

@@ -16,8 +16,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_keyservice.protect.commands.process import EXIT_NOT_EQUIVALENT, bars, fail, prepare, refuse_core_dumps
+from stip_keyservice.home import Home
+from stip_keyservice.protect.commands.process import (
+    EXIT_NOT_EQUIVALENT,
+    bars,
+    fail,
+    opening_home,
+    prepare,
+    refuse_core_dumps,
+)
 from stip_keyservice.protect.progress import Lines, Progress, rate_of, silent
 from stip_protocol.errors import StipError
 from stip_protocol.manifest import Manifest
@@ -42,12 +49,7 @@ Exit codes:
 @click.command(name="verify-equivalence", epilog=EPILOG)
 @click.argument("instance", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--home",
-    type=click.Path(path_type=Path),
-    envvar=HOME_VARIABLE,
-    help="Key service home that signed the instance and opens its secrets.  [default: ~/.stip/keyservice]",
-)
+@opening_home
 @click.option(
     "--samples",
     type=click.IntRange(0, 64),

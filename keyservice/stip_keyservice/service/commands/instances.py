@@ -13,7 +13,7 @@ from rich.table import Table
 
 from stip_keyservice.service import instances, users
 from stip_keyservice.service.commands.room import home_option, json_option, moment, open_room, show, table
-from stip_keyservice.service.instances import Instance
+from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.leakage import worst
 from stip_keyservice.service.policy import Policy
 from stip_protocol.leakage import LeakageCell
@@ -57,12 +57,12 @@ def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Pa
         if policy is not None:
             policy.require_measured(manifest.leakage, manifest.preset)
         with room.store.write() as db:
-            owner = None if dedicated_to is None else users.by_name(db, dedicated_to)
-            trail.subject["kind"] = "shared" if owner is None else "dedicated"
-            instance = instances.add(db, inspected, storage_key=room.home.storage_key, owner=owner, now=trail.now)
+            domain = None if dedicated_to is None else users.by_name(db, dedicated_to).domain
+            trail.subject |= {"kind": "shared" if domain is None else "dedicated", "epoch": manifest.epoch}
+            instance = instances.add(db, inspected, vault=room.vault, domain=domain, now=trail.now)
             room.audit.append(db, trail)
     if policy is None:
-        audited = "not audited" if instance.leakage is None else "audited"
+        audited = "not audited" if manifest.leakage is None else "audited"
         click.echo(f"The instance is {audited}. Whether that will do, the policy decides at release.", err=True)
     _show_one(instance)
 
@@ -75,8 +75,9 @@ def show_instance(instance: str, home: Path | None) -> None:
     """One INSTANCE, removed or not, and what an audit measured of it."""
     with open_room(home) as room, room.store.read() as db:
         found = instances.by_id(db, instance)
-    cells = [] if found.leakage is None else [cell.model_dump(mode="json") for cell in found.leakage.cells]
-    show(_document(found) | {"cells": cells}, lambda: Group(_table([found]), "", _cells(found)))
+    shown = _shown(found)
+    cells = [] if shown.leakage is None else [cell.model_dump(mode="json") for cell in shown.leakage.cells]
+    show(_document(found) | {"cells": cells}, lambda: Group(_table([found]), "", _cells(shown)))
 
 
 @group.command("remove")
@@ -91,7 +92,7 @@ def remove(instance: str, home: Path | None) -> None:
     """
     with open_room(home) as room:
         with room.decision("instance_removed") as trail, room.store.write() as db:
-            removed = instances.remove(db, instance, now=trail.now)
+            removed = instances.remove(db, room.vault, instance, now=trail.now)
             trail.subject["instance"] = removed.id
             room.audit.append(db, trail)
         room.store.forget()
@@ -112,25 +113,41 @@ def list_instances(removed: bool, home: Path | None) -> None:
 def _document(instance: Instance) -> dict[str, Any]:
     return {
         "id": instance.id,
-        "epoch": instance.epoch,
-        "preset": instance.preset,
         "kind": instance.kind,
-        "manifest_digest": instance.manifest_digest.hex(),
+        "domain": instance.domain,
         "members": list(instance.members),
         "added_at": moment(instance.added_at),
-        "removed_at": moment(instance.removed_at),
-        "leakage": _leakage(instance),
+        "removed": instance.removed,
+        "epochs": [_epoch(epoch) for epoch in instance.epochs],
     }
 
 
-def _leakage(instance: Instance) -> dict[str, Any] | None:
-    """None: not audited. A row without a figure: no attack is applicable there."""
-    if instance.leakage is None:
-        return None
-    rows = worst(instance.leakage)
+def _epoch(epoch: Epoch) -> dict[str, Any]:
     return {
-        "report_sha256": instance.leakage.report_sha256,
-        "seed": instance.leakage.seed,
+        "epoch": epoch.number,
+        "state": epoch.state,
+        "preset": epoch.preset,
+        "manifest_digest": epoch.manifest_digest.hex(),
+        "added_at": moment(epoch.added_at),
+        "drain_until": moment(epoch.drain_until),
+        "removed_at": moment(epoch.removed_at),
+        "leakage": _leakage(epoch),
+    }
+
+
+def _shown(instance: Instance) -> Epoch:
+    """The epoch that is released, or else the newest."""
+    return instance.released() or instance.epochs[-1]
+
+
+def _leakage(epoch: Epoch) -> dict[str, Any] | None:
+    """None: not audited. A row without a figure: no attack is applicable there."""
+    if epoch.leakage is None:
+        return None
+    rows = worst(epoch.leakage)
+    return {
+        "report_sha256": epoch.leakage.report_sha256,
+        "seed": epoch.leakage.seed,
         "worst": {knowledge: None if found is None else vars(found) for knowledge, found in rows.items()},
     }
 
@@ -143,30 +160,31 @@ def _table(found: list[Instance]) -> Table | str:
     rows = (
         (
             instance.id,
-            instance.epoch,
-            instance.preset,
+            epoch.number,
+            epoch.preset,
             instance.kind,
             len(instance.members),
-            f"removed {moment(instance.removed_at)}"
-            if instance.removed_at is not None
-            else f"since {moment(instance.added_at)}",
-            _worst(instance),
+            f"{epoch.state} {moment(epoch.removed_at)}"
+            if epoch.removed_at is not None
+            else f"{epoch.state} since {moment(epoch.added_at)}",
+            _worst(epoch),
         )
         for instance in found
+        for epoch in instance.epochs
     )
     columns = ("instance", "epoch", "preset", "kind", "users", "state", "leaks at most")
     return table(columns, rows, empty="No instances. Add one with `stip-keyservice instances add`.")
 
 
-def _worst(instance: Instance) -> str:
-    if instance.leakage is None:
+def _worst(epoch: Epoch) -> str:
+    if epoch.leakage is None:
         return "not audited"
-    rows = worst(instance.leakage).items()
+    rows = worst(epoch.leakage).items()
     return ", ".join(f"{knowledge} {'-' if found is None else _upper(found.upper)}" for knowledge, found in rows)
 
 
-def _cells(instance: Instance) -> Table | str:
-    measured = () if instance.leakage is None else instance.leakage.cells
+def _cells(epoch: Epoch) -> Table | str:
+    measured = () if epoch.leakage is None else epoch.leakage.cells
     columns = ("knowledge", "attack", "metric", "measured", "95 % interval")
     return table(columns, (row for cell in measured for row in _figures(cell)), empty="Not audited.")
 

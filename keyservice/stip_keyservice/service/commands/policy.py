@@ -45,7 +45,6 @@ def _document(policy: Policy) -> dict[str, Any]:
         "heartbeat_tokens": lease.heartbeat_tokens,
         "lease_audience": lease.audience,
         "nonce_seconds": release.nonce_seconds,
-        "max_pending_nonces": release.max_pending_nonces,
         "delegation_seconds": release.delegation_seconds,
         "leakage_required": leakage is not None and leakage.required,
         "leakage_maxima": [] if leakage is None else [maximum.model_dump(mode="json") for maximum in leakage.maxima],

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from stip_keyservice.home import DEFAULT_HOME, HOME_VARIABLE, Home
 from stip_keyservice.service.auditlog import AuditLog, Event, Trail
-from stip_keyservice.service.store import Store
+from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import Vault, open_vault
 from stip_protocol.errors import ConfigurationError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +54,7 @@ class Room:
 
     home: Home
     store: Store
+    vault: Vault
     audit: AuditLog
 
     @contextmanager
@@ -75,7 +77,7 @@ def open_room(home: Path | None, *, create: bool = False) -> Iterator[Room]:
     opened = Home.open(path)
     store = Store(opened.database)
     try:
-        yield Room(opened, store, AuditLog(store, opened.service))
+        yield Room(opened, store, open_vault(opened), AuditLog(store, opened.service))
     finally:
         store.close()
 

@@ -134,11 +134,13 @@ def _document(user: User) -> dict[str, Any]:
     return {
         "id": user.id,
         "name": user.name,
-        "public_key": user.public_key.hex(),
+        "domain": user.domain,
+        "devices": {device.name: device.public_key.hex() for device in user.devices},
         "budget": user.budget,
         "spent": user.spent,
         "instances": list(user.instances),
         "added_at": moment(user.added_at),
+        "disabled_at": moment(user.disabled_at),
         "removed_at": moment(user.removed_at),
     }
 
@@ -153,10 +155,10 @@ def _table(found: list[User]) -> object:
             user.name,
             f"{user.budget - user.spent:,} of {user.budget:,}",
             "\n".join(user.instances) or "none",
-            user.public_key.hex()[:16] + "…",
+            "\n".join(f"{device.name} {device.public_key.hex()[:16]}…" for device in user.devices) or "none",
             f"removed {moment(user.removed_at)}" if user.removed_at is not None else f"since {moment(user.added_at)}",
         )
         for user in found
     )
-    columns = ("user", "tokens left", "instances", "public key", "state")
+    columns = ("user", "tokens left", "instances", "devices", "state")
     return table(columns, rows, empty="No users. Add one with `stip-keyservice users add`.")

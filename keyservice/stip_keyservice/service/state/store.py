@@ -13,131 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import (
-    URL,
-    CheckConstraint,
-    Column,
-    Connection,
-    Engine,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-)
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, insert, inspect, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, OperationalError
 
+from stip_keyservice.service.state.schema import meta, metadata
 from stip_protocol.errors import ConfigurationError, Unavailable, VersionUnsupported
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 10
 """How long a writer waits for another before the request is refused as unavailable."""
-
-metadata = MetaData()
-
-meta = Table(
-    "meta",
-    metadata,
-    Column("key", String, primary_key=True),
-    Column("value", String, nullable=False),
-)
-
-users = Table(
-    "users",
-    metadata,
-    Column("id", String, primary_key=True),
-    Column("name", String, nullable=False),
-    Column("public_key", LargeBinary, nullable=False, unique=True),
-    Column("budget", Integer, nullable=False),
-    Column("spent", Integer, nullable=False),
-    Column("added_at", Integer, nullable=False),
-    Column("removed_at", Integer),
-    CheckConstraint("spent >= 0 AND spent <= budget", name="never_overspent"),
-)
-Index("one_user_of_a_name", users.c.name, unique=True, sqlite_where=users.c.removed_at.is_(None))
-
-instances = Table(
-    "instances",
-    metadata,
-    Column("id", String, primary_key=True),
-    Column("epoch", Integer, nullable=False),
-    Column("preset", String, nullable=False),
-    Column("kind", String, nullable=False),
-    Column("manifest_digest", LargeBinary, nullable=False),
-    Column("sealed_grant", LargeBinary),
-    Column("added_at", Integer, nullable=False),
-    Column("removed_at", Integer),
-    CheckConstraint("kind IN ('dedicated', 'shared')", name="known_kind"),
-    CheckConstraint("(sealed_grant IS NULL) = (removed_at IS NOT NULL)", name="removed_means_shredded"),
-)
-
-members = Table(
-    "members",
-    metadata,
-    Column("instance", ForeignKey("instances.id"), primary_key=True),
-    Column("user", ForeignKey("users.id"), primary_key=True),
-)
-
-leakage_summaries = Table(
-    "leakage_summaries",
-    metadata,
-    Column("instance", ForeignKey("instances.id"), primary_key=True),
-    Column("summary", LargeBinary, nullable=False),
-)
-"""What the signed manifest says an audit measured, as JSON; no row where the instance was not audited.
-
-A table of its own, because databases from before it go on: see `_prepare`.
-"""
-
-nonces = Table(
-    "nonces",
-    metadata,
-    Column("nonce", LargeBinary, primary_key=True),
-    Column("expires", Integer, nullable=False, index=True),
-)
-
-leases = Table(
-    "leases",
-    metadata,
-    Column("handle", LargeBinary, primary_key=True),
-    Column("user", ForeignKey("users.id"), nullable=False),
-    Column("instance", ForeignKey("instances.id"), nullable=False),
-    Column("epoch", Integer, nullable=False),
-    Column("manifest_digest", LargeBinary, nullable=False),
-    Column("audience", String, nullable=False),
-    Column("link_key", LargeBinary, nullable=False),
-    Column("delegated_until", Integer, nullable=False),
-    Column("serial", Integer, nullable=False),
-    Column("tokens", Integer, nullable=False),
-    Column("fed", Integer, nullable=False),
-    Column("not_before", Integer, nullable=False),
-    Column("expires", Integer, nullable=False, index=True),
-    Column("heartbeat", LargeBinary),
-    Column("renewal", LargeBinary),
-)
-
-audit = Table(
-    "audit",
-    metadata,
-    Column("sequence", Integer, primary_key=True, autoincrement=False),
-    Column("entry", LargeBinary, nullable=False),
-    Column("hash", LargeBinary, nullable=False),
-)
-
-audit_head = Table(
-    "audit_head",
-    metadata,
-    Column("one", Integer, primary_key=True, autoincrement=False),
-    Column("signed", LargeBinary, nullable=False),
-    CheckConstraint("one = 1", name="single_row"),
-)
 
 
 class Store:
@@ -200,6 +85,11 @@ class Store:
     def _transaction(self, mode: Literal["IMMEDIATE", "DEFERRED"]) -> Iterator[Connection]:
         with self._engine.connect().execution_options(begin_mode=mode) as db, db.begin():
             yield db
+
+
+def insert_into(db: Connection, table: Table) -> Any:
+    """An INSERT that knows ON CONFLICT, which both databases have and SQLAlchemy's own form has not."""
+    return {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[db.dialect.name](table)
 
 
 def _engine(path: Path) -> Engine:
