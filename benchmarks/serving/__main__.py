@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import shlex
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from benchmarks import machine
 from benchmarks.serving import page, records
 from benchmarks.serving.bench import Bench, Draft, Scale
 from benchmarks.serving.interleaving import Budget
-from benchmarks.serving.records import Facts, Part
+from benchmarks.serving.records import Part
 from benchmarks.serving.sections import SECTIONS
 
 DOCS = machine.ROOT / "docs" / "benchmarks"
@@ -90,7 +89,7 @@ def _measure(chosen: list[str], scale: Scale, seconds: float, threads: int | Non
                         section=section,
                         command=shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
                         scale=scale.value,
-                        machine=Facts(**dataclasses.asdict(facts)),
+                        machine=facts,
                         seed=seed,
                         threads=bench.threads,
                         seconds=0.0,

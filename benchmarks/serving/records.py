@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.machine import Machine
 from benchmarks.verdict import Verdict
 
 
@@ -120,26 +121,13 @@ class Memory(Record):
     threads: int
 
 
-class Facts(Record):
-    """Where a part comes from (benchmarks.machine.Machine)."""
-
-    cpu: str
-    cores: int
-    memory_gib: float
-    system: str
-    python: str
-    versions: dict[str, str]
-    commit: str
-    load_before: float
-
-
 class Part(Record):
     """What one section found."""
 
     section: str
     command: str
     scale: str
-    machine: Facts
+    machine: Machine
     seed: int
     threads: int
     seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -128,3 +129,15 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
         held_out=corpus.sample(plain, sessions=4, length=LENGTH, seed=SEED + 1),
         surrogate=Network(folder / "surrogate"),
     )
+
+
+@pytest.fixture
+def home(ground: Any) -> Home:
+    return ground.home  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def instance(ground: Any, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    ground.truth("hardened")
+    return Path(shutil.copytree(ground.folder / "hardened-0", tmp_path / "instance"))

@@ -37,18 +37,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SCALES, name, TINY)
 
 
-@pytest.fixture
-def home(ground: Any) -> Home:
-    return ground.home  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def instance(ground: Any, tmp_path: Path) -> Path:
-    """A copy, to be changed."""
-    ground.truth("hardened")
-    return Path(shutil.copytree(ground.folder / "hardened-0", tmp_path / "instance"))
-
-
 def command(instance: Path, home: Path, *options: str | Path) -> Result:
     arguments = [instance, "--model", MODEL, "--home", home, *options]
     return CliRunner().invoke(audit, [*map(str, arguments)])

@@ -53,18 +53,6 @@ def report_on(manifest: Manifest, value: float = 0.5, **changes: Any) -> Report:
     )
 
 
-@pytest.fixture
-def home(ground: Any) -> Home:
-    return ground.home  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def instance(ground: Any, tmp_path: Path) -> Path:
-    """A copy, to be changed."""
-    ground.truth("hardened")
-    return Path(shutil.copytree(ground.folder / "hardened-0", tmp_path / "instance"))
-
-
 def inspected(instance: Path, home: Home) -> Manifest:
     return inspect(instance, home.developer.public_key(), home.sealing).manifest
 

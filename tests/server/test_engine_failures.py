@@ -13,30 +13,39 @@ from stip_server.engines.transformers.engine import FAILED_STEPS
 from tests.server.conformance import Bench, Wanted, benched
 from tests.server.test_engine_alone import NEVER, serving
 
+SECRET = "a secret in a library's message"
+
+
+class Failure:
+    """Makes every step of a model raise, while `now` is set."""
+
+    def __init__(self, plain: Any) -> None:
+        self.now = False
+
+        def step(module: Any, args: Any) -> None:  # a method would be copied with the model, and this with it
+            if self.now:
+                raise RuntimeError(SECRET)
+
+        plain.model.base_model.register_forward_pre_hook(step)
+
 
 async def test_a_step_that_fails_ends_the_sessions_in_it_and_the_engine_goes_on(
     make_plain: Any, run_direct: Any
 ) -> None:
     plain = make_plain("llama")
-    broken = {"now": False}
-
-    def breaks(module: Any, args: Any, kwargs: Any) -> None:
-        if broken["now"]:
-            raise RuntimeError("a secret in a library's message")
-
-    plain.model.base_model.register_forward_pre_hook(breaks, with_kwargs=True)
+    failure = Failure(plain)
     async with run_direct(plain) as direct:
         bystander = direct.open(1)
         victim = direct.open(2)
         for session in (bystander, victim):
             direct.feed(session, [1, 2, 3])
             ids = [plain.pick((await direct.next(session)).out)]
-        broken["now"] = True
+        failure.now = True
         direct.feed(victim, [1])
         with pytest.raises(Unavailable) as refused:
             await direct.next(victim)
-        assert "secret" not in str(refused.value)
-        broken["now"] = False
+        assert SECRET not in str(refused.value)
+        failure.now = False
         direct.feed(bystander, ids)
         ids.append(plain.pick((await direct.next(bystander)).out))
         assert ids == plain.greedy([1, 2, 3], 2)
@@ -44,23 +53,17 @@ async def test_a_step_that_fails_ends_the_sessions_in_it_and_the_engine_goes_on(
 
 async def test_a_generation_that_fails_ends_alone(make_plain: Any) -> None:
     plain = make_plain("llama")
-    broken = {"now": False}
-
-    def breaks(module: Any, args: Any, kwargs: Any) -> None:
-        if broken["now"]:
-            raise RuntimeError("a secret in a library's message")
-
-    plain.model.base_model.register_forward_pre_hook(breaks, with_kwargs=True)
+    failure = Failure(plain)
     async with benched(serving(plain)) as bench:
         bystander, victim = bench.open(Form.HIDDEN), bench.open(Form.IDS)
         bench.feed(bystander, 0, [1, 2, 3])
         ids = [await bench.pick(bystander, 2)]
         bench.feed_ids(victim, 0, [1, 2, 3])
-        broken["now"] = True
+        failure.now = True
         bench.engine.generate(victim, Generation(3, 8, NEVER))
         with pytest.raises(Unavailable):
             await bench.event(victim)
-        broken["now"] = False
+        failure.now = False
         bench.feed(bystander, 3, ids)
         ids.append(await bench.pick(bystander, 3))
         assert ids == plain.greedy([1, 2, 3], 2)
@@ -68,26 +71,20 @@ async def test_a_generation_that_fails_ends_alone(make_plain: Any) -> None:
 
 async def test_an_engine_whose_steps_all_fail_gives_up(make_plain: Any) -> None:
     plain = make_plain("llama")
-    broken = {"now": False}
-
-    def breaks(module: Any, args: Any, kwargs: Any) -> None:
-        if broken["now"]:
-            raise RuntimeError("a device that is gone")
-
-    plain.model.base_model.register_forward_pre_hook(breaks, with_kwargs=True)
+    failure = Failure(plain)
     engine: Any
     async with serving(plain)(Wanted()) as (engine, _):
         bench = Bench(engine, plain)
         pump = asyncio.create_task(bench.pump())
         for _ in range(2):
-            broken["now"] = False
+            failure.now = False
             assert await bench.says(Form.HIDDEN, [1, 2], 2) == plain.greedy([1, 2], 2)
-            broken["now"] = True
+            failure.now = True
             for _ in range(FAILED_STEPS - 1):
                 session = bench.open(Form.HIDDEN)
                 bench.feed(session, 0, [1, 2])
                 assert await bench.ends(session) == "unavailable"
         bench.feed(bench.open(Form.HIDDEN), 0, [1, 2])
-        with pytest.raises(RuntimeError, match="a device that is gone"):
+        with pytest.raises(RuntimeError, match=SECRET):
             await pump
         await engine.stop()
