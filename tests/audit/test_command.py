@@ -15,12 +15,13 @@ from click.testing import CliRunner, Result
 
 from stip_keyservice.audit import signing
 from stip_keyservice.audit.attacks import MODULES
-from stip_keyservice.audit.command import _interval, _stoppable, _Stopped, audit, leakage_report
+from stip_keyservice.audit.command import _interval, audit, leakage_report
 from stip_keyservice.audit.corpus import SCALES, Scale
 from stip_keyservice.audit.document import Bounds, Report
 from stip_keyservice.audit.knowledge import KNOWLEDGE
 from stip_keyservice.cli import main
 from stip_keyservice.home import Home
+from stip_keyservice.protect.commands.process import Stopped, stoppable
 from stip_keyservice.service.instances import inspect
 from stip_protocol.leakage import Interval
 from stip_protocol.manifest import SIGNING, Manifest
@@ -237,7 +238,7 @@ def test_a_second_signal_does_not_end_the_tidying() -> None:
             signal.raise_signal(signal.SIGHUP)
             tidied.append(True)
 
-    with pytest.raises(_Stopped), _stoppable():
+    with pytest.raises(Stopped), stoppable():
         impatient()
     assert tidied == [True]
 
@@ -245,7 +246,7 @@ def test_a_second_signal_does_not_end_the_tidying() -> None:
 def test_a_command_that_is_to_outlive_its_terminal_does() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _stoppable():
+        with stoppable():
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
