@@ -39,8 +39,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from stip_keyservice.certificates import Authority, TlsIdentity, issue_server_certificate, make_authority, usable
+from stip_keyservice.certificates import issue_server_certificate, usable
 from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime.authority import Authority, TlsIdentity, generate_key, make_authority
 
 HOME_VARIABLE = "STIP_KEYSERVICE_HOME"
 DEFAULT_HOME = Path("~/.stip/keyservice")
@@ -49,10 +50,6 @@ FILE_LIMIT = 1 << 20
 """Bytes of the largest key or certificate file read."""
 
 K = TypeVar("K", Ed25519PrivateKey, X25519PrivateKey, ec.EllipticCurvePrivateKey)
-
-
-def _generate_p256() -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP256R1())
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Home:
         key_path, chain_path = self.path / "tls.key", self.path / "tls.pem"
         try:
             with _locked(self.path):
-                key = _private(key_path, ec.EllipticCurvePrivateKey, _generate_p256)
+                key = _private(key_path, ec.EllipticCurvePrivateKey, generate_key)
                 if chain_path.exists():
                     chain = _load(chain_path)
                     if usable(chain, key, self.tls_ca, dns_name):
@@ -133,7 +130,7 @@ def _pair(path: Path, name: str, kind: type, generate: Callable[[], K]) -> K:
 
 
 def _authority(path: Path, name: str, subject: str) -> Authority:
-    key = _private(path / f"{name}.key", ec.EllipticCurvePrivateKey, _generate_p256)
+    key = _private(path / f"{name}.key", ec.EllipticCurvePrivateKey, generate_key)
     return Authority.load(key, _made(path / f"{name}.pem", lambda: make_authority(key, subject)), f"{name}.pem")
 
 

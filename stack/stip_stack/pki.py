@@ -1,17 +1,14 @@
-"""A small certificate authority: what an operator's own PKI does in production."""
+"""The operator's authority of a stack that lives for minutes: certificates good for both ends, on loopback too."""
 
 from __future__ import annotations
 
-import datetime as dt
-import ipaddress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from stip_protocol.runtime import authority as x509
+
+LIFE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -31,48 +28,25 @@ class Identity:
 
 
 class Authority:
-    """A self-signed P-256 CA that issues leaf certificates for loopback."""
+    """A self-signed authority and the key that it forgets with the process."""
 
-    def __init__(self, name: str, *, days: int = 30) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._days = days
-        built = self._builder(self._name, self._key.public_key())
-        built = built.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        self._certificate = built.sign(self._key, hashes.SHA256())
+    def __init__(self, name: str) -> None:
+        key = x509.generate_key()
+        self._authority = x509.Authority.load(key, x509.make_authority(key, name, life=LIFE), name)
 
     @property
     def pem(self) -> bytes:
-        return self._certificate.public_bytes(Encoding.PEM)
+        return self._authority.pem
 
     def issue(self, name: str) -> Identity:
         """A certificate for `name`, `localhost` and 127.0.0.1, good for servers and clients."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        names = [
-            x509.DNSName(name),
-            x509.DNSName("localhost"),
-            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
-        ]
-        certificate = (
-            self._builder(subject, key.public_key())
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .sign(self._key, hashes.SHA256())
+        key = x509.generate_key()
+        chain = x509.issue_certificate(
+            self._authority,
+            key.public_key(),
+            names=[name, "localhost", "127.0.0.1"],
+            uses=[x509.Use.SERVER, x509.Use.CLIENT],
+            common_name=name,
+            life=LIFE,
         )
-        return Identity(
-            certificate.public_bytes(Encoding.PEM),
-            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
-        )
-
-    def _builder(self, subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = dt.datetime.now(dt.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(minutes=5))
-            .not_valid_after(now + dt.timedelta(days=self._days))
-        )
+        return Identity(chain, x509.private_pem(key))

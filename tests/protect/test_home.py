@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from stip_keyservice.certificates import Authority, issue_server_certificate, make_authority
+from stip_keyservice.certificates import issue_server_certificate
 from stip_keyservice.home import HOME_VARIABLE, Home
 from stip_protocol.errors import ConfigurationError
+from stip_protocol.runtime.authority import Authority, make_authority
 
 FILES = {
     *(f"{name}.{end}" for name in ("developer", "service", "sealing") for end in ("key", "pub")),

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from stip_keyservice.certificates import Authority
 from stip_protocol.errors import ConfigurationError, RequestInvalid
 from stip_protocol.lease import CLOCK_SKEW
+from stip_protocol.runtime.authority import Authority
 
 SUBJECT_BYTES = 16
 
