@@ -15,6 +15,26 @@ ROOT_LIMIT = 16 << 10
 """Bytes of the largest root certificate read."""
 
 
+class Rate(Settings):
+    """A token bucket: `burst` at once, and `per_second` on average."""
+
+    per_second: float = Field(gt=0, le=1_000_000)
+    burst: int = Field(ge=1, le=1_000_000)
+
+
+class Rates(Settings):
+    """What one peer (an IPv4 address, an IPv6 /64) may ask for. Many enclaves may share one address."""
+
+    challenge: Rate = Rate(per_second=200, burst=1000)
+    release: Rate = Rate(per_second=50, burst=500)
+    renewal: Rate = Rate(per_second=500, burst=2000)
+    watch: Rate = Rate(per_second=20, burst=500)
+    lease: Rate = Rate(per_second=5, burst=20)
+    """Renewals of one lease, beyond what its peer has left."""
+    peers: int = Field(default=10_000, ge=16, le=1_000_000)
+    """Peers told apart; newcomers beyond them share one bucket."""
+
+
 class Limits(Settings):
     """Bounds of one process."""
 
@@ -23,6 +43,13 @@ class Limits(Settings):
     """Requests under way; more are refused as overloaded."""
     deadline_seconds: float = Field(default=10.0, gt=0, le=300)
     """How long one decision may take."""
+    watches: int = Field(default=512, ge=1, le=100_000)
+    """Open watch streams; more are refused as overloaded."""
+    watches_per_key: int = Field(default=2, ge=1, le=16)
+    """Of one link key: its oldest ends where another one comes."""
+    rates: Rates = Rates()
+    refusals_in_full: int = Field(default=8, ge=0, le=10_000)
+    """Refusals of a peer that proved nothing which the audit log records one by one, a minute; more are counted."""
 
 
 class KeyServiceSettings(Settings):
