@@ -1,0 +1,153 @@
+"""The systemd units are ones that systemd takes, that confine what they start, and that start what there is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+from stip_protocol.runtime.config import Serving
+
+UNITS = Path(__file__).parents[2] / "manifests" / "systemd"
+SERVICES = sorted(UNITS.glob("*.service"))
+EXPOSURE = 20
+"""Highest exposure accepted, in tenths of `systemd-analyze security`'s ten: below 2 is what it calls OK."""
+COMMANDS = {
+    "stip-keyservice": "stip_keyservice.cli",
+    "stip-gateway": "stip_gateway.cli",
+    "stip-server": "stip_server.cli",
+    "stip-enclave": "stip_enclave.cli",
+}
+SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed: apt-get install systemd"
+)
+
+
+def settings(unit: Path) -> dict[str, list[str]]:
+    """Every assignment of a unit, in order."""
+    found: dict[str, list[str]] = {}
+    for line in unit.read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def span(value: str) -> float:
+    number, unit = re.fullmatch(r"(\d+)([a-z]*)", value).groups()  # type: ignore[union-attr]
+    return int(number) * SECONDS[unit]
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> list[Path]:
+    """Copies whose programs exist: `systemd-analyze verify` looks for them."""
+    copies = []
+    for unit in sorted(UNITS.glob("*.service")) + sorted(UNITS.glob("*.timer")):
+        text = re.sub(r"^(Exec\w+=)\S+", r"\1/bin/true", unit.read_text(), flags=re.MULTILINE)
+        copy = tmp_path / unit.name
+        copy.write_text(text)
+        copies.append(copy)
+    return copies
+
+
+@needs_systemd
+def test_systemd_takes_every_unit_without_a_word(installed: list[Path]) -> None:
+    for unit in installed:
+        path = str(unit).replace("@.", "@replica-1.")
+        if path != str(unit):
+            shutil.copy(unit, path)
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", path],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        # Whatever it says of units of this machine is not about ours.
+        complaints = [line for line in (done.stdout + done.stderr).splitlines() if "stip-" in line]
+        assert (done.returncode, complaints) == (0, []), unit.name
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
+def test_a_service_is_confined(unit: Path) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", "--no-pager", str(unit)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-300:]
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
+def test_a_service_starts_a_command_that_exists(unit: Path) -> None:
+    words = shlex.split(settings(unit)["ExecStart"][0])
+    if words[0] == "/usr/bin/gramine-sgx":
+        assert words[1:] == ["stip-enclave"]
+        return
+    name = Path(words[0]).name
+    command: click.Command = import_module(COMMANDS[name]).main
+    context = click.Context(command, info_name=name)
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        found = command.get_command(context, rest[0])
+        assert found is not None, rest[0]
+        command, rest = found, rest[1:]
+        context = click.Context(command, info_name=command.name, parent=context)
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
+def test_a_service_leaves_no_core_and_has_its_own_user(unit: Path) -> None:
+    found = settings(unit)
+    assert found["LimitCORE"] == ["0"]
+    assert found["User"] == found["Group"]
+    assert f"u {found['User'][0]} " in (UNITS / "stip.sysusers").read_text()
+    for name in ("NoNewPrivileges", "PrivateTmp", "ProtectHome"):
+        assert found[name] == ["yes"], name
+    assert found["ProtectSystem"] == ["strict"]
+
+
+@pytest.mark.parametrize(
+    "unit", [unit for unit in SERVICES if settings(unit).get("Type") != ["oneshot"]], ids=lambda unit: unit.name
+)
+def test_a_service_is_given_the_time_that_its_drain_takes(unit: Path) -> None:
+    found = settings(unit)
+    assert span(found["TimeoutStopSec"][0]) > Serving().drain_seconds
+    assert found["RestartPreventExitStatus"] == ["2"]
+
+
+def test_write_and_execute_are_kept_apart_but_where_torch_or_an_enclave_needs_both() -> None:
+    together = {unit.name for unit in SERVICES if settings(unit).get("MemoryDenyWriteExecute") != ["yes"]}
+    assert together == {"stip-server@.service", "stip-enclave.service"}
+
+
+def test_private_keys_come_as_credentials_from_a_folder_that_only_root_reads() -> None:
+    loaded = [value for unit in SERVICES for value in settings(unit).get("LoadCredential", [])]
+    assert len(loaded) == 3
+    assert all(value.partition(":")[2].startswith("/etc/stip/tls/") for value in loaded)
+    assert "z /etc/stip/tls/*.key  0600 root" in (UNITS / "stip.tmpfiles").read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-tmpfiles") is None, reason="systemd-tmpfiles is not installed")
+def test_systemd_takes_the_users_and_folders(tmp_path: Path) -> None:
+    for kind in ("sysusers", "tmpfiles"):
+        target = tmp_path / ("etc" if kind == "sysusers" else ".")
+        target.mkdir(exist_ok=True)
+    (tmp_path / "etc").mkdir(exist_ok=True)
+    for command in (
+        ["systemd-sysusers", f"--root={tmp_path}", str(UNITS / "stip.sysusers")],
+        ["systemd-tmpfiles", f"--root={tmp_path}", "--create", str(UNITS / "stip.tmpfiles")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+    users = (tmp_path / "etc" / "passwd").read_text()
+    assert {line.split(":")[0] for line in users.splitlines() if line.startswith("stip-")} == {
+        "stip-keyservice", "stip-gateway", "stip-server", "stip-enclave", "stip-collateral",
+    }  # fmt: skip
+    assert (tmp_path / "var/lib/stip/keyservice").stat().st_mode & 0o777 == 0o700
