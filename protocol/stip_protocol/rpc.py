@@ -132,12 +132,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 self._awaited(handler.unary_unary), handler.request_deserializer, handler.response_serializer
             )
-        if handler.stream_stream is not None:
-            behaviour = handler.stream_stream
-            wrap = self._yielding if inspect.isasyncgenfunction(behaviour) else self._awaited
-            return grpc.stream_stream_rpc_method_handler(
-                wrap(behaviour), handler.request_deserializer, handler.response_serializer
-            )
+        for behaviour, made in (
+            (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
+            (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
+        ):
+            if behaviour is not None:
+                wrap = self._yielding if inspect.isasyncgenfunction(behaviour) else self._awaited
+                return made(wrap(behaviour), handler.request_deserializer, handler.response_serializer)
         return handler
 
     def _awaited(self, behaviour: Any) -> Any:
@@ -153,9 +154,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _yielding(self, behaviour: Any) -> Any:
-        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def call(asked: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                async for reply in behaviour(requests, context):
+                async for reply in behaviour(asked, context):
                     yield reply
             except StipError as error:
                 await self._abort(context, error)

@@ -230,6 +230,7 @@ class World:
     telemetry: Telemetry
     stub: Any
     folder: Path
+    servicer: KeyServiceServicer
 
     def person(self, name: str, *, budget: int = 10_000) -> Person:
         person = Person(name)
@@ -356,7 +357,7 @@ def serve(tmp_path: Path, platform: SimulatedPlatform, policy_tables: dict[str, 
         await server.start()
         async with rpc.channel(f"127.0.0.1:{port}", roots=home.tls_ca.pem, server_name="localhost") as channel:
             stub = keyservice_pb2_grpc.KeyServiceStub(channel)
-            yield World(home, store, open_vault(home), policy, platform, clock, telemetry, stub, tmp_path)
+            yield World(home, store, open_vault(home), policy, platform, clock, telemetry, stub, tmp_path, servicer)
         await servicer.drain()
         await server.stop(grace=0)
         store.close()

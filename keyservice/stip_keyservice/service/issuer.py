@@ -7,15 +7,17 @@ transaction. Every decision leaves an entry in the audit log, in the transaction
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
 from stip_keyservice.home import Home
-from stip_keyservice.service import instances, leases, nonces, release, users
+from stip_keyservice.service import instances, leases, nonces, release, revocations, users, watching
 from stip_keyservice.service.auditlog import AuditLog, Trail
 from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.leases import LeaseRecord
@@ -25,12 +27,35 @@ from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.release import Applicant, Request
 from stip_keyservice.service.state.store import Store
 from stip_keyservice.service.vault import open_vault
+from stip_keyservice.service.watching import Change, Standing
 from stip_protocol.documents import Signed
-from stip_protocol.errors import FrameInvalid, InstanceRefused, LeakageRefused, NonceRefused
-from stip_protocol.release import AuditHead, Bundle, Claims, Grant, Heartbeat, Renewal, open_heartbeat, seal, service_id
+from stip_protocol.errors import (
+    FrameInvalid,
+    InstanceRefused,
+    LeakageRefused,
+    LeaseForeign,
+    LeaseRevoked,
+    NonceRefused,
+    SignatureInvalid,
+)
+from stip_protocol.release import (
+    DER_LIMIT,
+    AuditHead,
+    Bundle,
+    Claims,
+    Grant,
+    Heartbeat,
+    Renewal,
+    Watch,
+    open_heartbeat,
+    open_watch,
+    seal,
+    service_id,
+)
 from stip_protocol.telemetry import AUDIT_SEQUENCE, RELEASES, Telemetry
 
 HEARTBEAT_LIMIT = 1024
+"""Bytes of the largest heartbeat or watch: a few numbers and digests."""
 SIGNATURE_LIMIT = 128
 """Bytes of a DER-encoded P-256 signature, with room."""
 
@@ -109,12 +134,10 @@ class Issuer:
     def renew(self, heartbeat: bytes, signature: bytes) -> bytes:
         """A signed `Renewal` for a heartbeat.
 
-        Raises `SignatureInvalid` (not the lease's link key), `UserRefused`, `InstanceRefused`, `LeakageRefused`, and
-        what `leases.find` and `leases.renew` raise.
+        Raises `SignatureInvalid` (not the lease's link key), `LeaseRevoked`, `UserRefused`, `InstanceRefused`,
+        `LeakageRefused`, and what `leases.find` and `leases.renew` raise.
         """
-        for name, data, limit in (("heartbeat", heartbeat, HEARTBEAT_LIMIT), ("signature", signature, SIGNATURE_LIMIT)):
-            if len(data) > limit:
-                raise FrameInvalid.because(name, f"{len(data)} bytes", f"at most {limit}")
+        _require_short(heartbeat=(heartbeat, HEARTBEAT_LIMIT), signature=(signature, SIGNATURE_LIMIT))
         handle = Heartbeat.from_bytes(heartbeat).handle
         trail = Trail("renewal", self._now(), {"handle": handle})
         with self._audit.refusals(trail), self._store.write() as db:
@@ -132,6 +155,36 @@ class Issuer:
             leases.store_renewal(db, renewed, heartbeat, renewal)
         self._granted("renewal")
         return renewal
+
+    def watch(self, watch: bytes, signature: bytes, link_key: bytes) -> Watch:
+        """What a watching enclave asks for, verified; its nonce is spent. `link_key` is DER.
+
+        Raises `FrameInvalid`, `RequestInvalid` (a key that cannot be used), `SignatureInvalid` (another key than the
+        one that is named), `NonceRefused`, `LeaseForeign` (a key that no lease on record names).
+        """
+        _require_short(
+            watch=(watch, HEARTBEAT_LIMIT), signature=(signature, SIGNATURE_LIMIT), link_key=(link_key, DER_LIMIT)
+        )
+        asked = open_watch(watch, signature, read_link_key(link_key))
+        if not hmac.compare_digest(hashlib.sha256(link_key).digest(), asked.link_key):
+            raise SignatureInvalid("watch: not signed by the link key that it names")
+        now = self._now()
+        expires = self._nonces.require(asked.nonce, now=now, seconds=self._policy.release.nonce_seconds)
+        with self._store.write() as db:
+            nonces.spend(db, asked.nonce, expires=expires, now=now)
+            known = leases.known_link_key(db, asked.link_key)
+        if not known:
+            raise LeaseForeign.because("watch link_key", "a key that no lease names", "the link key of a lease")
+        return asked
+
+    def standings(self, link_keys: Collection[bytes]) -> Mapping[bytes, Standing]:
+        """What there is to hear for watching link keys."""
+        with self._store.read() as db:
+            return watching.standings(db, link_keys, now=self._now(), grace=self._policy.lease.grace_seconds)
+
+    def notice(self, change: Change, nonce: bytes, sequence: int) -> bytes:
+        """The signed `Notice` of a change."""
+        return Signed.sign(change.notice(nonce, sequence), self._home.service).to_bytes()
 
     def refused_instances(self) -> Mapping[str, LeakageRefused]:
         """Registered instances that the policy's leakage maxima refuse, by id, each with the rule it breaks."""
@@ -154,6 +207,7 @@ class Issuer:
                 trail.subject |= {"user": holder[0].id, "device": holder[1].id}
             holder, instance, epoch = release.require_entitled(claims, holder, instances.find(db, claims.instance))
             trail.subject["epoch"] = epoch.number
+            revocations.require_none(revocations.standing(db, release.subjects(applicant, holder, epoch)))
             self._policy.require_measured(epoch.leakage, epoch.preset)
             # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
             carried = instance.kind == "dedicated" or claims.kind == "grant"
@@ -202,6 +256,8 @@ class Issuer:
 
     def _require_running(self, db: Connection, record: LeaseRecord) -> Epoch:
         """The lease's epoch, where everything still holds that it was issued on."""
+        if record.revoked is not None:
+            raise LeaseRevoked.because("lease", f"one that was revoked (revocation {record.revoked})", "a new lease")
         instance = instances.by_id(db, record.instance)
         user, device = users.by_id(db, record.user), users.device(db, record.device)
         release.require_present(user, device)
@@ -225,6 +281,12 @@ class Issuer:
 
     def _now(self) -> int:
         return int(self._clock())
+
+
+def _require_short(**parts: tuple[bytes, int]) -> None:
+    for name, (data, limit) in parts.items():
+        if len(data) > limit:
+            raise FrameInvalid.because(name, f"{len(data)} bytes", f"at most {limit}")
 
 
 def _hash_of(head: Signed) -> bytes:

@@ -140,6 +140,12 @@ def find(db: Connection, handle: bytes) -> LeaseRecord:
     return LeaseRecord(**row._mapping)
 
 
+def known_link_key(db: Connection, link_key: bytes) -> bool:
+    """Whether a lease on record, ended or not, names the link key (SHA-256 of its SubjectPublicKeyInfo)."""
+    named = select(leases.c.handle).where(leases.c.link_key_digest == link_key).limit(1)
+    return db.execute(named).first() is not None
+
+
 def answered(record: LeaseRecord, heartbeat: bytes) -> bytes | None:
     """The stored answer where `heartbeat` is the last one once more: its reply was lost on the way."""
     if record.heartbeat is None or not hmac.compare_digest(record.heartbeat, hashlib.sha256(heartbeat).digest()):

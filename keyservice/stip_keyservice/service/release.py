@@ -9,7 +9,8 @@ that the key service must hold is in this module, in the order it is tried:
    delegation is signed by the key it names, not expired, and names this enclave key, measurement and instance.
 4. (the caller takes the nonce out for good, whatever was decided)
    `require_entitled`: that key is of a present user's device, who may use the instance, which serves this kind.
-5. (the caller holds what an audit of the instance measured against the policy: `Policy.require_measured`)
+5. (the caller looks up whether any of `subjects` was revoked: `revocations.require_none`)
+6. (the caller holds what an audit of the instance measured against the policy: `Policy.require_measured`)
 """
 
 from __future__ import annotations
@@ -142,6 +143,20 @@ def require_entitled(
         held = ", ".join(map(str, claims.epochs))
         raise InstanceRefused.because("claims epochs", held, f"one that is released: {released or 'none'}")
     return holder, instance, epoch
+
+
+def subjects(applicant: Applicant, holder: tuple[User, Device], epoch: Epoch) -> list[tuple[str, str]]:
+    """Everything in a release that can be revoked, as (kind, subject) of `revocations`."""
+    user, device = holder
+    instance = applicant.claims.instance
+    return [
+        ("user", user.id),
+        ("device", device.id),
+        ("enclave", applicant.claims.tls_key.hex()),
+        ("measurement", applicant.enclave.measurement.hex()),
+        ("instance", instance),
+        ("epoch", f"{instance}/{epoch.number}"),
+    ]
 
 
 def require_present(user: User, device: Device) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,7 +18,8 @@ import structlog
 from stip_keyservice.service.config import Limits
 from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.release import Request
-from stip_protocol.errors import DeadlineExceeded, Overloaded, Unavailable
+from stip_keyservice.service.streams import Streams
+from stip_protocol.errors import DeadlineExceeded, Overloaded
 from stip_protocol.rpc import REQUEST_ID_KEY
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 
@@ -29,10 +30,14 @@ _REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
     """`stip.keyservice.v1.KeyService` over an `Issuer`."""
 
-    def __init__(self, issuer: Issuer, limits: Limits) -> None:
+    def __init__(
+        self, issuer: Issuer, limits: Limits, *, observe: Callable[[int], None] = lambda watches: None
+    ) -> None:
+        """`observe` is told how many watch streams are open."""
         self._issuer, self._limits = issuer, limits
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="keyservice")
         self._waiting: set[Future[Any]] = set()
+        self.streams = Streams(issuer.standings, limits, observe=observe)
 
     async def Challenge(  # noqa: N802 - names of RPCs
         self, request: keyservice_pb2.ChallengeRequest, context: Any
@@ -59,12 +64,19 @@ class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
 
     async def Watch(  # noqa: N802 - the name is the wire's
         self, request: keyservice_pb2.WatchRequest, context: Any
-    ) -> AsyncIterator[keyservice_pb2.WatchReply]:
-        raise Unavailable("watch: not served")
-        yield
+    ) -> None:
+        with _request_id(context):
+            asked = await self._in_thread(
+                lambda: self._issuer.watch(request.watch, request.signature, request.link_key)
+            )
+            async with contextlib.aclosing(self.streams.changes(asked.link_key)) as changes:
+                async for sequence, change in changes:
+                    notice = self._issuer.notice(change, asked.nonce, sequence)
+                    await context.write(keyservice_pb2.WatchReply(notice=notice))
 
     async def drain(self) -> None:
-        """Wait for the work that is under way."""
+        """End the watch streams, and wait for the work that is under way."""
+        await self.streams.close()
         await asyncio.gather(*(asyncio.wrap_future(work) for work in self._waiting), return_exceptions=True)
         self._threads.shutdown(wait=False)
 
