@@ -66,6 +66,32 @@ RELEASES = Metric(
 )
 LEASE_AGE = Metric("stip_lease_age_seconds", "Age of the oldest lease in use", ("enclave", "gateway"))
 AUDIT_SEQUENCE = Metric("stip_audit_log_entries", "Entries in the audit log", ("keyservice",))
+DECISIONS = Metric(
+    "stip_decisions_total",
+    "Decisions of the key service, by event and code (granted, or why not); folded refusals are in it, too",
+    ("keyservice",),
+    ("event", "code"),
+)
+STORE_SECONDS = Metric(
+    "stip_store_seconds",
+    "From the beginning of a transaction to its end, waiting for others included, by kind (read, write)",
+    ("keyservice",),
+    ("kind",),
+)
+COLLATERAL_AGE = Metric(
+    "stip_collateral_age_seconds", "Age of the oldest collateral that is kept and used", ("keyservice",)
+)
+LEASES = Metric("stip_leases", "Leases in force: neither ended nor revoked", ("keyservice",))
+REVOCATIONS = Metric("stip_revocations", "Revocations that stand", ("keyservice",))
+CONTROL_STREAMS = Metric("stip_control_streams", "Watch streams open now", ("keyservice",))
+RATE_LIMITED = Metric(
+    "stip_rate_limited_total",
+    "Requests refused by a limit of their peer, by kind (challenge, release, renewal, watch)",
+    ("keyservice",),
+    ("kind",),
+)
+POLICY_SERIAL = Metric("stip_policy_serial", "Serial of the policy in force", ("keyservice",))
+READY = Metric("stip_ready", "1 where a check of readiness holds, by check", SERVING, ("check",))
 REPLICAS = Metric("stip_replicas", "Replicas that answer, by instance epoch being served", ("gateway",))
 SIMULATION = Metric("stip_simulation", "1 where evidence is simulated: nothing is protected", SERVING)
 
