@@ -66,8 +66,8 @@ def test_a_field_with_another_value_is_refused_by_name(
     assert "allowed" in refused.value.message
 
 
-def test_a_tdx_quote_is_refused_as_unsupported(quote: bytes) -> None:
-    with pytest.raises(EvidenceMalformed, match="TDX is not supported"):
+def test_a_tdx_quote_is_refused_as_of_another_tee(quote: bytes) -> None:
+    with pytest.raises(EvidenceMalformed, match="a TDX quote"):
         SgxQuote.parse(patched(patched(quote, 0, "<H", 4), 4, "<I", 0x81))
 
 

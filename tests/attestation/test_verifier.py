@@ -49,7 +49,7 @@ def test_genuine_evidence_is_accepted_and_says_what_it_establishes(
     assert (verified.isv_prod_id, verified.isv_svn) == (1, 1)
     assert (verified.tcb_status, verified.advisories) == ("UpToDate", ())
     assert verified.simulated
-    assert verified.collateral_expires == now + 30 * DAY
+    assert verified.collateral_expires == now + 30 * DAY - 1
     assert verified.platform.fmspc == b"STIPSM"
 
 
@@ -99,7 +99,7 @@ def test_the_pinned_hash_suffices_where_the_root_is_in_the_evidence(
         pytest.param({"pck_revoked": True}, {}, EvidenceRefused, "signatures", id="PCK revoked"),
         pytest.param({"intermediate_revoked": True}, {}, EvidenceRefused, "signatures", id="PCK CA revoked"),
         pytest.param({"tcb_signer_revoked": True}, {}, EvidenceRefused, "signatures", id="TCB signer revoked"),
-        pytest.param({"age": 30 * DAY + 1}, {}, CollateralExpired, "dates", id="expired collateral"),
+        pytest.param({"age": 30 * DAY}, {}, CollateralExpired, "dates", id="expired collateral"),
         pytest.param({"age": -1}, {}, CollateralExpired, "dates", id="collateral of the future"),
         pytest.param(
             {"age": 8 * DAY},

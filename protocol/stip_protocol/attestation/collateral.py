@@ -8,7 +8,7 @@ refused, because some of the optional ones would replace the certificate chain o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Self, TypeVar
 
 from cryptography import x509
@@ -52,11 +52,26 @@ class _Dated(BaseModel):
     evaluation_number: int = Field(alias="tcbEvaluationDataNumber", ge=0)
 
 
+class TdxModule(BaseModel):
+    """Who signed a TDX module, and its attributes under their mask. TDX 1.0 modules have no id."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    id: str = ""
+    mrsigner: Annotated[Hex, Field(min_length=48, max_length=48)]
+    attributes: Annotated[Hex, Field(min_length=8, max_length=8)]
+    mask: Annotated[Hex, Field(min_length=8, max_length=8, alias="attributesMask")]
+
+
 class TcbInfo(_Dated):
     """What the wrapper needs of a TCB info; levels are dcap-qvl's business."""
 
     fmspc: Annotated[Hex, Field(min_length=6, max_length=6)]
     pce_id: Annotated[Hex, Field(min_length=2, max_length=2, alias="pceId")]
+    tdx_module: TdxModule | None = Field(default=None, alias="tdxModule")
+    """Of TDX only: TDX modules of major version 0."""
+    tdx_module_identities: tuple[TdxModule, ...] = Field(default=(), alias="tdxModuleIdentities", max_length=64)
+    """Of TDX only: the others, as `TDX_01` and so on."""
 
 
 class QeIdentity(_Dated):
@@ -107,8 +122,8 @@ class Collateral:
         dated = (
             Window("TCB info", self.tcb_info.issued, self.tcb_info.expires),
             Window("QE identity", self.qe_identity.issued, self.qe_identity.expires),
-            Window("root CRL", self.root_crl.last_update_utc, _next_update(self.root_crl, "root CRL")),
-            Window("PCK CRL", self.pck_crl.last_update_utc, _next_update(self.pck_crl, "PCK CRL")),
+            _crl_window("root CRL", self.root_crl),
+            _crl_window("PCK CRL", self.pck_crl),
         )
         return dated + tuple(
             Window(f"certificate {one.name!a}", one.not_before, one.not_after)
@@ -137,6 +152,11 @@ def _crl(der: bytes, what: str) -> x509.CertificateRevocationList:
     except MALFORMED as error:
         raise EvidenceMalformed(f"{what}: not a DER CRL ({type(error).__name__})", field=what) from None
     return crl
+
+
+def _crl_window(what: str, crl: x509.CertificateRevocationList) -> Window:
+    """A revocation list holds until the second before its next update, as dcap-qvl reads it."""
+    return Window(what, crl.last_update_utc, _next_update(crl, what) - timedelta(seconds=1))
 
 
 def _next_update(crl: x509.CertificateRevocationList, what: str) -> datetime:

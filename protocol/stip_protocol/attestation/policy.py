@@ -74,21 +74,18 @@ class AcceptedSigner(_Rule):
     minimum_isv_svn: Svn
 
 
-class EvidencePolicy(Document):
-    """What evidence is accepted. Every field is a condition; all must hold.
+class EvidenceRules(Document):
+    """What evidence of any TEE is held to. Every field is a condition; all must hold.
 
     `mode` decides the trust anchor and nothing else does: `production` is Intel's root; `development` is the
     simulated root with the SHA-256 `simulated_root_sha256`, or Intel's where none is named.
     """
 
-    context: ClassVar[str] = "stip/evidence-policy"
     model_config = ConfigDict(extra="forbid")
+    title: ClassVar[str]
+    """What messages call such a policy."""
 
     mode: Literal["production", "development"]
-    audience: Literal["client", "keyservice"] = "client"
-    measurements: Annotated[tuple[Bytes32, ...], Field(strict=False, max_length=256)] = ()
-    """MRENCLAVEs."""
-    signers: Annotated[tuple[AcceptedSigner, ...], Field(strict=False, max_length=64)] = ()
     accepted_statuses: Annotated[tuple[AcceptedStatus, ...], Field(strict=False, min_length=1)] = (
         AcceptedStatus(status="UpToDate"),
     )
@@ -100,11 +97,7 @@ class EvidencePolicy(Document):
     simulated_root_sha256: Bytes32 | None = None
 
     @model_validator(mode="after")
-    def _rules(self) -> Self:
-        if self.audience == "client" and self.signers:
-            raise ValueError("signers: a client accepts measurements only, got signers")
-        if not self.measurements and not self.signers:
-            raise ValueError("measurements: got none, allowed: at least one (an empty policy accepts nobody)")
+    def _shared_rules(self) -> Self:
         if self.mode == "production" and self.simulated_root_sha256 is not None:
             raise ValueError("simulated_root_sha256: got one in production mode, allowed: development mode only")
         if self.simulated_root_sha256 == INTEL_SGX_ROOT_SHA256:
@@ -122,11 +115,11 @@ class EvidencePolicy(Document):
         if not (isinstance(version, list | tuple) and len(version) == 2 and all(type(part) is int for part in version)):
             raise PolicyInvalid.because("version", ascii(version)[:64], "[major, minor]")
         if version[0] != cls.version[0]:
-            raise VersionUnsupported.because("evidence policy version", list(version), f"major {cls.version[0]}")
+            raise VersionUnsupported.because(f"{cls.title} version", list(version), f"major {cls.version[0]}")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise PolicyInvalid(f"evidence policy: {explain(error)}", field=_field(error)) from None
+            raise PolicyInvalid(f"{cls.title}: {explain(error)}", field=_field(error)) from None
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -135,13 +128,33 @@ class EvidencePolicy(Document):
             with path.open("rb") as file:
                 text = file.read(POLICY_LIMIT + 1)
         except OSError as error:
-            raise ConfigurationError(f"evidence policy {path}: {error.strerror}") from error
+            raise ConfigurationError(f"{cls.title} {path}: {error.strerror}") from error
         if len(text) > POLICY_LIMIT:
-            raise PolicyInvalid.because("evidence policy", f"more than {POLICY_LIMIT} bytes", "a smaller file")
+            raise PolicyInvalid.because(cls.title, f"more than {POLICY_LIMIT} bytes", "a smaller file")
         try:
             return cls.from_mapping(tomllib.loads(text.decode()))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PolicyInvalid(f"evidence policy {path}: not TOML ({error})") from None
+            raise PolicyInvalid(f"{cls.title} {path}: not TOML ({error})") from None
+
+
+class EvidencePolicy(EvidenceRules):
+    """What evidence of an SGX enclave is accepted."""
+
+    context: ClassVar[str] = "stip/evidence-policy"
+    title: ClassVar[str] = "evidence policy"
+
+    audience: Literal["client", "keyservice"] = "client"
+    measurements: Annotated[tuple[Bytes32, ...], Field(strict=False, max_length=256)] = ()
+    """MRENCLAVEs."""
+    signers: Annotated[tuple[AcceptedSigner, ...], Field(strict=False, max_length=64)] = ()
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.audience == "client" and self.signers:
+            raise ValueError("signers: a client accepts measurements only, got signers")
+        if not self.measurements and not self.signers:
+            raise ValueError("measurements: got none, allowed: at least one (an empty policy accepts nobody)")
+        return self
 
 
 def _field(error: ValidationError) -> str | None:

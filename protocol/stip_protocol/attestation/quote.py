@@ -1,4 +1,4 @@
-"""SGX DCAP quotes, version 3: a strict parser of the byte layout.
+"""SGX DCAP quotes, version 3: a strict parser of the byte layout, and what TDX quotes (`tdx`) share with them.
 
 Source: Intel, "Intel SGX ECDSA QuoteLibraryReference DCAP API", Appendix A (quote format), and the Intel SDM
 volume 3D, table 37-21 (REPORT). All integers are little-endian. Every byte of a quote belongs to exactly one
@@ -26,8 +26,12 @@ TEE_TDX = 0x81
 PCK_CHAIN = 5
 """Certification data type: the PCK certificate chain as PEM."""
 QE_AUTH_BYTES = 32
+QE_REPORT_DATA = 6
+"""Certification data type: the QE report with its signature, and what certifies it nested inside (TDX)."""
 HEADER = 48
 REPORT_BODY = 384
+TD_REPORT = 584
+"""Bytes of a TDX report body (`tdx`)."""
 SIGNED = HEADER + REPORT_BODY
 """Bytes that the attestation key signs."""
 _FIXED = 64 + 64 + REPORT_BODY + 64 + 2 + QE_AUTH_BYTES + 6
@@ -45,6 +49,28 @@ class Attributes(IntFlag):
     CET = 0x40
     KSS = 0x80
     AEX_NOTIFY = 0x400
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first 48 bytes. The two SVNs are reserved in version 4, and signed like everything here."""
+
+    qe_svn: int
+    pce_svn: int
+    user_data: bytes
+
+    @classmethod
+    def parse(cls, data: bytes, *, version: int, tee_type: int) -> Self:
+        """Parse the header of one kind of quote. Raises `EvidenceMalformed` naming the field."""
+        found, key_type, tee, qe_svn, pce_svn = struct.unpack_from("<HHIHH", data, 0)
+        if found != version:
+            kind = {TEE_SGX: "an SGX enclave", TEE_TDX: "a TDX host"}[tee_type]
+            got = f"{found} (a TDX quote)" if tee == TEE_TDX else found
+            raise EvidenceMalformed.because("quote version", got, f"{version}, of {kind}")
+        require("attestation key type", key_type, ECDSA_P256)
+        require("TEE type", tee, tee_type)
+        require("QE vendor id", data[12:28].hex(), INTEL_VENDOR_ID.hex())
+        return cls(qe_svn, pce_svn, data[28:HEADER])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +117,7 @@ class ReportBody:
 class SgxQuote:
     """A version 3 quote, taken apart. Fields in the order of the bytes."""
 
-    attestation_key_type: int
-    qe_svn: int
-    pce_svn: int
-    user_data: bytes
+    header: Header
     report: ReportBody
     signature: bytes
     """ECDSA r‖s by the attestation key over the first 432 bytes."""
@@ -112,27 +135,18 @@ class SgxQuote:
         """Parse a whole quote; nothing may follow it. Raises `EvidenceMalformed` naming the field."""
         if not SIGNED + 4 <= len(data) <= QUOTE_LIMIT:
             raise EvidenceMalformed.because("quote", f"{len(data)} bytes", f"{SIGNED + 4} to {QUOTE_LIMIT} bytes")
-        version, key_type, tee_type, qe_svn, pce_svn = struct.unpack_from("<HHIHH", data, 0)
-        if version != 3:
-            kind = "TDX is not supported" if tee_type == TEE_TDX else "SGX DCAP"
-            raise EvidenceMalformed.because("quote version", version, f"3 ({kind})")
-        _require("attestation key type", key_type, ECDSA_P256)
-        _require("TEE type", tee_type, TEE_SGX)
-        _require("QE vendor id", data[12:28].hex(), INTEL_VENDOR_ID.hex())
+        header = Header.parse(data, version=3, tee_type=TEE_SGX)
         (signature_bytes,) = struct.unpack_from("<I", data, SIGNED)
-        _require("signature data length", signature_bytes, len(data) - SIGNED - 4)
+        require("signature data length", signature_bytes, len(data) - SIGNED - 4)
         if signature_bytes < _FIXED:
             raise EvidenceMalformed.because("signature data length", signature_bytes, f"at least {_FIXED}")
         (auth_bytes,) = struct.unpack_from("<H", data, 1012)
-        _require("QE authentication data length", auth_bytes, QE_AUTH_BYTES)
+        require("QE authentication data length", auth_bytes, QE_AUTH_BYTES)
         certification_type, certification_bytes = struct.unpack_from("<HI", data, 1046)
-        _require("certification data type", certification_type, PCK_CHAIN)
-        _require("certification data length", certification_bytes, len(data) - 1052)
+        require("certification data type", certification_type, PCK_CHAIN)
+        require("certification data length", certification_bytes, len(data) - 1052)
         return cls(
-            attestation_key_type=key_type,
-            qe_svn=qe_svn,
-            pce_svn=pce_svn,
-            user_data=data[28:48],
+            header=header,
             report=ReportBody.parse(data[HEADER:SIGNED]),
             signature=data[436:500],
             attestation_key=data[500:564],
@@ -167,6 +181,34 @@ class SgxQuote:
         return self.report.report_data
 
 
-def _require(field: str, got: object, allowed: object) -> None:
+def require(field: str, got: object, allowed: object) -> None:
+    """Raises `EvidenceMalformed` where the two differ."""
     if got != allowed:
         raise EvidenceMalformed.because(field, got, allowed)
+
+
+def tee_type(data: bytes) -> int:
+    """Which TEE a quote says it is of: `TEE_SGX` or `TEE_TDX`. Raises `EvidenceMalformed`."""
+    kinds = {(3, TEE_SGX): TEE_SGX, (4, TEE_TDX): TEE_TDX}
+    if not HEADER <= len(data) <= QUOTE_LIMIT:
+        raise EvidenceMalformed.because("quote", f"{len(data)} bytes", f"{HEADER} to {QUOTE_LIMIT} bytes")
+    version, _, tee = struct.unpack_from("<HHI", data, 0)
+    if (version, tee) not in kinds:
+        raise EvidenceMalformed.because("quote version, TEE type", f"{version}, {tee:#x}", "3, 0x0 or 4, 0x81")
+    return kinds[version, tee]
+
+
+def without_padding(data: bytes) -> bytes:
+    """A quote as a file or a device holds it, without the zeros that fill its buffer.
+
+    For whoever collects quotes (Linux's TDX guest drivers hand out a buffer of fixed size). What arrives over a
+    network must be exact. Raises `EvidenceMalformed` where something else than zeros follows the quote.
+    """
+    signed = SIGNED if tee_type(data) == TEE_SGX else HEADER + TD_REPORT
+    if len(data) < signed + 4:
+        raise EvidenceMalformed.because("quote", f"{len(data)} bytes", f"at least {signed + 4}")
+    (signature_bytes,) = struct.unpack_from("<I", data, signed)
+    end = signed + 4 + signature_bytes
+    if any(data[end:]):
+        raise EvidenceMalformed.because("bytes after the quote", f"{len(data) - end}", "none, or zeros")
+    return data[:end]

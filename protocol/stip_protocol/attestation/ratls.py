@@ -25,8 +25,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stip_protocol import canonical
 from stip_protocol.attestation.certificates import MALFORMED, require_whole_signature
-from stip_protocol.attestation.checks import at
 from stip_protocol.attestation.evidence import EvidenceProvider, bind
+from stip_protocol.attestation.gates import at
 from stip_protocol.attestation.quote import QUOTE_LIMIT, SgxQuote
 from stip_protocol.errors import ConfigurationError, EvidenceMalformed, FrameInvalid, ReportDataMismatch
 

@@ -1,45 +1,18 @@
-"""Verification of evidence: one implementation, told step by step or as one answer.
+"""Verification of an SGX enclave's evidence: one implementation, told step by step or as one answer.
 
 No environment variable, file or clock is read here: time, policy and the simulated root are arguments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
-from stip_protocol.attestation.checks import CHECKS, Case, Finding, at
-from stip_protocol.attestation.evidence import REPORT_DATA, Evidence
+from stip_protocol.attestation.checks import CHECKS, EnclaveCase
+from stip_protocol.attestation.evidence import Evidence
+from stip_protocol.attestation.gates import Platform, Status, Step, at, decide, require_report_data, steps
 from stip_protocol.attestation.policy import EvidencePolicy
-from stip_protocol.errors import AttestationError, ReportDataMismatch
 
-
-class Status(StrEnum):
-    PASSED = "passed"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One condition and how it went. `remedy` is empty unless it failed."""
-
-    name: str
-    status: Status
-    expected: str = ""
-    got: str = ""
-    remedy: str = ""
-    error: AttestationError | None = field(default=None, repr=False, compare=False)
-    """What `verify` raises for this step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """Who signed: identifiers from the PCK certificate."""
-
-    ppid: bytes
-    instance_id: bytes | None
-    fmspc: bytes
+__all__ = ["Platform", "Status", "Step", "Verified", "examine", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +43,7 @@ def verify(
     Raises `EvidenceMalformed`, `EvidenceRefused`, `CollateralExpired`, `SimulatedEvidenceRefused`,
     `DebugEnclaveRefused`, `MeasurementRefused`, `ReportDataMismatch`.
     """
-    case = _case(evidence, policy, report_data, now, root_der)
-    for step in _steps(case):
-        if step.error is not None:
-            raise step.error
+    case = decide(_case(evidence, policy, report_data, now, root_der), CHECKS)
     quote, found = case.quote, case.appraisal
     return Verified(
         measurement=quote.mrenclave,
@@ -83,7 +53,7 @@ def verify(
         tcb_status=found.status,
         advisories=found.advisories,
         simulated=case.simulated,
-        platform=Platform(ppid=found.ppid, instance_id=found.platform_instance_id, fmspc=found.fmspc),
+        platform=Platform.of(found),
         collateral_expires=int(case.expires.timestamp()),
     )
 
@@ -92,36 +62,10 @@ def examine(
     evidence: Evidence, policy: EvidencePolicy, *, report_data: bytes, now: int, root_der: bytes | None = None
 ) -> list[Step]:
     """Every condition with its outcome, in order, for people to read. Same arguments and decisions as `verify`."""
-    return _steps(_case(evidence, policy, report_data, now, root_der))
+    return steps(_case(evidence, policy, report_data, now, root_der), CHECKS)
 
 
-def _case(evidence: Evidence, policy: EvidencePolicy, report_data: bytes, now: int, root_der: bytes | None) -> Case:
-    if len(report_data) != REPORT_DATA:
-        raise ReportDataMismatch.because("expected report data", f"{len(report_data)} bytes", f"{REPORT_DATA} bytes")
-    return Case(evidence, policy, report_data, at(now), root_der)
-
-
-def _steps(case: Case) -> list[Step]:
-    steps: list[Step] = []
-    open_gate = True
-    for check in CHECKS:
-        if not open_gate:
-            steps.append(Step(check.name, Status.SKIPPED))
-            continue
-        try:
-            finding = check.run(case)
-        except AttestationError as error:
-            finding = Finding("no refusal", error.message, error)
-        failed = finding.error is not None
-        steps.append(
-            Step(
-                check.name,
-                Status.FAILED if failed else Status.PASSED,
-                finding.expected,
-                finding.got,
-                check.remedy if failed else "",
-                finding.error,
-            )
-        )
-        open_gate = not (failed and check.gate)
-    return steps
+def _case(
+    evidence: Evidence, policy: EvidencePolicy, report_data: bytes, now: int, root_der: bytes | None
+) -> EnclaveCase:
+    return EnclaveCase(evidence, policy, require_report_data(report_data), at(now), root_der)

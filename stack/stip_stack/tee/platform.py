@@ -13,10 +13,11 @@ from typing import Self
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from stip_protocol.attestation.evidence import REPORT_DATA
+from stip_protocol.attestation.tdx import MEASUREMENT, RTMRS
 from stip_protocol.errors import EvidenceMalformed
 from stip_stack.tee import collateral as simulated_collateral
 from stip_stack.tee import quoting
-from stip_stack.tee.collateral import Faults
+from stip_stack.tee.collateral import Faults, TeeName
 from stip_stack.tee.pki import Pki
 
 SIGNER = hashlib.sha256(b"stip simulated enclave signer").digest()
@@ -75,9 +76,27 @@ class SimulatedPlatform:
         """What a development policy pins."""
         return hashlib.sha256(self.root_der).digest()
 
-    def collateral(self, now: int, *, faults: Faults | None = None) -> bytes:
+    def collateral(self, now: int, *, faults: Faults | None = None, tee: TeeName = "SGX") -> bytes:
         """`QuoteCollateralV3` JSON issued at `now` (Unix seconds)."""
-        return simulated_collateral.issue(self._pki, datetime.fromtimestamp(now, tz=UTC), faults or Faults())
+        return simulated_collateral.issue(self._pki, datetime.fromtimestamp(now, tz=UTC), faults or Faults(), tee)
+
+    def host_quote(
+        self,
+        mrtd: bytes,
+        report_data: bytes,
+        *,
+        rtmrs: tuple[bytes, ...] = (bytes(48),) * 4,
+        xfam: int = quoting.XFRM,
+        faults: Faults | None = None,
+    ) -> bytes:
+        """A TDX quote (version 4) of a host that claims MRTD and RTMRs (48 bytes each)."""
+        for name, value in (("MRTD", mrtd), *((f"RTMR{index}", one) for index, one in enumerate(rtmrs))):
+            if len(value) != MEASUREMENT:
+                raise EvidenceMalformed.because(name, f"{len(value)} bytes", f"{MEASUREMENT} bytes")
+        if len(rtmrs) != RTMRS or len(report_data) != REPORT_DATA:
+            raise EvidenceMalformed.because("RTMRs, report data", "another number", f"{RTMRS}, {REPORT_DATA} bytes")
+        host = quoting.HostIdentity(mrtd, rtmrs, xfam=xfam)
+        return quoting.td_quote(self._pki, host, report_data, faults or Faults())
 
     def provider(
         self,
