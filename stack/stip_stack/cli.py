@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -51,3 +52,25 @@ def demo(model: Path, preset: str, prompt: str | None, max_tokens: int, runs: Pa
         click.echo("stip-stack: interrupted; every part was stopped", err=True)
         raise SystemExit(130) from None
     raise SystemExit(status)
+
+
+@main.command("simulated-platform")
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+def simulated_platform(directory: Path) -> None:
+    """Make a simulated TEE in DIRECTORY, for a rollout that is rehearsed. IT PROTECTS NOTHING.
+
+    Beside its keys lie simulated-root.der (key service, clients) and collateral.json (enclave; good for 30 days: run
+    again for a fresh one). Prints the hash of the root, which development policies pin.
+    """
+    from stip_stack.tee import SimulatedPlatform
+
+    try:
+        made = (directory / "simulated-root.der").exists()
+        platform = SimulatedPlatform.load(directory) if made else SimulatedPlatform.create(directory)
+    except StipError as error:
+        click.echo(f"stip-stack: {error} ({error.action})", err=True)
+        raise SystemExit(2) from None
+    (directory / "simulated-root.der").write_bytes(platform.root_der)
+    (directory / "collateral.json").write_bytes(platform.collateral(int(time.time())))
+    click.echo("simulated: this protects nothing", err=True)
+    click.echo(platform.root_sha256.hex())

@@ -6,24 +6,17 @@ import re
 import shlex
 import shutil
 import subprocess
-from importlib import import_module
 from pathlib import Path
 
-import click
 import pytest
 
 from stip_protocol.runtime.config import Serving
+from tests.rollout.commands import require_command
 
 UNITS = Path(__file__).parents[2] / "manifests" / "systemd"
 SERVICES = sorted(UNITS.glob("*.service"))
 EXPOSURE = 20
 """Highest exposure accepted, in tenths of `systemd-analyze security`'s ten: below 2 is what it calls OK."""
-COMMANDS = {
-    "stip-keyservice": "stip_keyservice.cli",
-    "stip-gateway": "stip_gateway.cli",
-    "stip-server": "stip_server.cli",
-    "stip-enclave": "stip_enclave.cli",
-}
 SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 
 needs_systemd = pytest.mark.skipif(
@@ -89,17 +82,7 @@ def test_a_service_starts_a_command_that_exists(unit: Path) -> None:
     if words[0] == "/usr/bin/gramine-sgx":
         assert words[1:] == ["stip-enclave"]
         return
-    name = Path(words[0]).name
-    command: click.Command = import_module(COMMANDS[name]).main
-    context = click.Context(command, info_name=name)
-    rest = words[1:]
-    while isinstance(command, click.Group):
-        found = command.get_command(context, rest[0])
-        assert found is not None, rest[0]
-        command, rest = found, rest[1:]
-        context = click.Context(command, info_name=command.name, parent=context)
-    options = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in rest if word.startswith("--")} <= options
+    require_command(words)
 
 
 @pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
