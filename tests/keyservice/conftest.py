@@ -339,14 +339,14 @@ def serve(tmp_path: Path, platform: SimulatedPlatform, policy_tables: dict[str, 
     """Opens the same home and database again each time: a second replica, or a restart."""
 
     @asynccontextmanager
-    async def opened(clock: Clock | None = None) -> AsyncIterator[World]:
+    async def opened(clock: Clock | None = None, *, rates: dict[str, Any] | None = None) -> AsyncIterator[World]:
         home = Home.open(tmp_path / "home")
         store = Store(home.database)
         policy = Policy.model_validate(policy_tables)
         telemetry = Telemetry("keyservice", simulated=True)
         clock = clock or Clock()
         issuer = Issuer(home, store, policy, telemetry, root_der=platform.root_der, clock=clock)
-        servicer = KeyServiceServicer(issuer, Limits())
+        servicer = KeyServiceServicer(issuer, Limits.model_validate({"rates": rates or {}}))
         server = grpc.aio.server(
             interceptors=[rpc.ErrorInterceptor(lambda error: telemetry.refused(getattr(error, "code", "internal")))],
             options=rpc.SERVER_OPTIONS,

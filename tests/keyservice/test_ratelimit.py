@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stip_keyservice.service.config import Rate, Rates
-from stip_keyservice.service.ratelimit import Buckets, Kind, Limiter, peer_name
+from stip_keyservice.service.ratelimit import Buckets, Kind, Limiter, LinkKeys, peer_name
 from stip_keyservice.service.strangers import OTHERS, Strangers
 from stip_protocol.errors import Overloaded
 from stip_protocol.release import Heartbeat, sign_heartbeat
@@ -92,7 +92,7 @@ def test_newcomers_share_one_bucket_while_there_is_no_room_and_get_their_own_aft
 def test_a_refusal_says_when_to_come_back_and_is_counted_by_kind() -> None:
     counted: list[Kind] = []
     rates = Rates(release=Rate(per_second=4, burst=1))
-    limiter = Limiter(rates, refused=counted.append, clock=Clock())
+    limiter = Limiter(rates, LinkKeys(), refused=counted.append, clock=Clock())
     limiter.admit("release", "192.0.2.7")
     limiter.admit("release", "192.0.2.8")
     with pytest.raises(Overloaded) as caught:
@@ -104,14 +104,15 @@ def test_a_refusal_says_when_to_come_back_and_is_counted_by_kind() -> None:
 
 def test_a_flood_behind_the_same_address_does_not_starve_a_lease_and_forgers_do_not_get_its_bucket() -> None:
     rates = Rates(renewal=Rate(per_second=1, burst=1), lease=Rate(per_second=1, burst=2))
-    limiter = Limiter(rates, clock=Clock())
+    link_keys = LinkKeys()
+    limiter = Limiter(rates, link_keys, clock=Clock())
     link, other = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     spki = link.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     handle = hashlib.sha256(spki).digest()[:16]
     beat = Heartbeat(handle=handle, serial=0, nonce=secrets.token_bytes(32), fed=0, wanted=1)
     foreign = beat.model_copy(update={"handle": bytes(16)})
     genuine, forged = sign_heartbeat(beat, link), sign_heartbeat(beat, other)
-    limiter.granted(handle, spki)
+    link_keys.note(handle, spki)
     limiter.admit_renewal("192.0.2.7", b"a flood", b"")
     for heartbeat, signature in (
         (b"a flood", b""),

@@ -40,6 +40,11 @@ class ServiceClock:
         """The time that an entry about this moment carries, whether the clock is good or not."""
         return max(int(self._wall()), self._last())
 
+    @property
+    def behind(self) -> bool:
+        """Whether `require` would have to read the log, or refuse."""
+        return self._last() - int(self._wall()) > CLOCK_SKEW
+
     def require(self) -> int:
         """The time to decide at. Raises `ClockRefused`, and `Unavailable` where the log cannot be read."""
         now = int(self._wall())

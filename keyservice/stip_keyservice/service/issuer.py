@@ -14,16 +14,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import structlog
 from sqlalchemy import Connection
 
 from stip_keyservice.home import Home
-from stip_keyservice.service import instances, leases, nonces, release, revocations, users, watching
+from stip_keyservice.service import canaries, instances, leases, nonces, release, revocations, users, watching
 from stip_keyservice.service.auditlog import AuditLog, Trail
+from stip_keyservice.service.clock import ServiceClock
 from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.leases import LeaseRecord
 from stip_keyservice.service.linkca import issue_link_certificate, read_link_key
 from stip_keyservice.service.nonces import Nonces
 from stip_keyservice.service.policy import Policy
+from stip_keyservice.service.ratelimit import LinkKeys
 from stip_keyservice.service.release import Applicant, Request
 from stip_keyservice.service.state.store import Store
 from stip_keyservice.service.vault import open_vault
@@ -52,7 +55,7 @@ from stip_protocol.release import (
     seal,
     service_id,
 )
-from stip_protocol.telemetry import AUDIT_SEQUENCE, RELEASES, Telemetry
+from stip_protocol.telemetry import AUDIT_SEQUENCE, DECISIONS, RELEASES, Telemetry
 
 HEARTBEAT_LIMIT = 1024
 """Bytes of the largest heartbeat or watch: a few numbers and digests."""
@@ -79,6 +82,7 @@ class _Issued:
     """The lease of a bundle; None for a grant."""
     grant: Grant | None = field(repr=False)
     """None in the bundle for a shared instance."""
+    canaries: tuple[bytes, ...] = field(repr=False)
     head: Signed
 
 
@@ -94,31 +98,39 @@ class Issuer:
         *,
         root_der: bytes | None = None,
         clock: Callable[[], float] = time.time,
+        refusals_in_full: int = 8,
     ) -> None:
-        """`root_der` is the simulated root that a development policy pins; None in production."""
+        """`root_der` is the simulated root that a development policy pins; None in production. `refusals_in_full`: of
+        one peer in a minute, see `strangers`."""
         self._home, self._store, self._policy, self._telemetry = home, store, policy, telemetry
-        self._root_der, self._clock = root_der, clock
+        self._root_der = root_der
         self._service = service_id(home.service.public_key())
         self._nonces, self._vault = Nonces(home.service), open_vault(home)
         self._policy_digest = policy.digest()
         entries = telemetry.gauge(AUDIT_SEQUENCE)
-        self._audit = AuditLog(store, home.service, observe=entries.set)
+        self._audit = AuditLog(
+            store, home.service, observe=entries.set, decided=self._decided, refusals_in_full=refusals_in_full
+        )
+        self.clock = ServiceClock(lambda: self._audit.last_at, self._audit.refresh, clock)
+        self.link_keys = LinkKeys()
         entries.set(self._audit.length())
+        self._audit.refresh()
 
     def challenge(self) -> Challenge:
-        """A fresh nonce."""
+        """A fresh nonce. Raises `ClockRefused`; blocks only where the clock is behind (`clock.behind`)."""
         seconds = self._policy.release.nonce_seconds
-        return Challenge(self._nonces.issue(now=self._now(), seconds=seconds), seconds, self._service)
+        return Challenge(self._nonces.issue(now=self.clock.require(), seconds=seconds), seconds, self._service)
 
-    def release(self, request: Request) -> tuple[bytes, bytes]:
+    def release(self, request: Request, *, peer: str | None = None) -> tuple[bytes, bytes]:
         """(sealed, signature) of a `Bundle` or a `Grant`.
 
-        Raises what `release` and `nonces` raise, `LeakageRefused` and `BudgetSpent`. The claims' nonce is spent in
-        any case, in the one transaction that also holds the decision and its entry.
+        Raises what `release` and `nonces` raise, `ClockRefused`, `LeakageRefused` and `BudgetSpent`. The claims' nonce
+        is spent in any case, in the one transaction that also holds the decision and its entry.
         """
         claims = release.read_claims(request.claims)
-        trail = Trail("release", self._now(), {"kind": claims.kind, "instance": claims.instance})
+        trail = Trail("release", self.clock.reading(), {"kind": claims.kind, "instance": claims.instance}, peer)
         with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail.now)):
+            trail.now = self.clock.require()
             expires = self._nonces.require(claims.nonce, now=trail.now, seconds=self._policy.release.nonce_seconds)
             with self._telemetry.stage("verify").time():
                 applicant = release.examine(
@@ -126,12 +138,14 @@ class Issuer:
                 )
                 trail.subject["measurement"] = applicant.enclave.measurement
             issued = self._issue(applicant, trail, expires)
+        if issued.record is not None:
+            self.link_keys.note(issued.record.handle, issued.record.link_key)
         with self._telemetry.stage("seal").time():
             sealed = self._seal(applicant, issued, trail.now)
         self._granted(claims.kind)
         return sealed
 
-    def renew(self, heartbeat: bytes, signature: bytes) -> bytes:
+    def renew(self, heartbeat: bytes, signature: bytes, *, peer: str | None = None) -> bytes:
         """A signed `Renewal` for a heartbeat.
 
         Raises `SignatureInvalid` (not the lease's link key), `LeaseRevoked`, `UserRefused`, `InstanceRefused`,
@@ -139,20 +153,22 @@ class Issuer:
         """
         _require_short(heartbeat=(heartbeat, HEARTBEAT_LIMIT), signature=(signature, SIGNATURE_LIMIT))
         handle = Heartbeat.from_bytes(heartbeat).handle
-        trail = Trail("renewal", self._now(), {"handle": handle})
+        trail = Trail("renewal", self.clock.reading(), {"handle": handle}, peer)
         with self._audit.refusals(trail), self._store.write() as db:
+            trail.now = self.clock.require()
             record = leases.find(db, handle)
             beat = open_heartbeat(heartbeat, signature, read_link_key(record.link_key))
             trail.subject |= {"user": record.user, "instance": record.instance, "epoch": record.epoch}
-            epoch = self._require_running(db, record)
+            epoch = self._require_running(db, record, trail.now)
             again = leases.answered(record, heartbeat)
             if again is not None:
                 return again
-            renewed, debited = leases.renew(db, record, beat, self._policy.lease, now=trail.now)
+            renewed, debited = leases.renew(db, record, beat, epoch, self._policy.lease, now=trail.now)
             trail.subject["tokens"] = debited
             head = self._audit.append(db, trail)
             renewal = self._renewal(renewed, epoch, beat, head, trail.now)
             leases.store_renewal(db, renewed, heartbeat, renewal)
+        self.link_keys.note(record.handle, record.link_key)
         self._granted("renewal")
         return renewal
 
@@ -168,7 +184,7 @@ class Issuer:
         asked = open_watch(watch, signature, read_link_key(link_key))
         if not hmac.compare_digest(hashlib.sha256(link_key).digest(), asked.link_key):
             raise SignatureInvalid("watch: not signed by the link key that it names")
-        now = self._now()
+        now = self.clock.require()
         expires = self._nonces.require(asked.nonce, now=now, seconds=self._policy.release.nonce_seconds)
         with self._store.write() as db:
             nonces.spend(db, asked.nonce, expires=expires, now=now)
@@ -180,11 +196,19 @@ class Issuer:
     def standings(self, link_keys: Collection[bytes]) -> Mapping[bytes, Standing]:
         """What there is to hear for watching link keys."""
         with self._store.read() as db:
-            return watching.standings(db, link_keys, now=self._now(), grace=self._policy.lease.grace_seconds)
+            return watching.standings(db, link_keys, now=self.clock.reading(), grace=self._policy.lease.grace_seconds)
 
     def notice(self, change: Change, nonce: bytes, sequence: int) -> bytes:
         """The signed `Notice` of a change."""
         return Signed.sign(change.notice(nonce, sequence), self._home.service).to_bytes()
+
+    def write_folded(self) -> None:
+        """Write what was folded of refusals in minutes that ended."""
+        self._audit.write_folded(now=self.clock.reading())
+
+    def close(self) -> None:
+        """Write what was folded of refusals and not written yet."""
+        self._audit.close(now=self.clock.reading())
 
     def refused_instances(self) -> Mapping[str, LeakageRefused]:
         """Registered instances that the policy's leakage maxima refuse, by id, each with the rule it breaks."""
@@ -205,19 +229,22 @@ class Issuer:
             holder = users.by_key(db, applicant.delegation.user)
             if holder is not None:
                 trail.subject |= {"user": holder[0].id, "device": holder[1].id}
-            holder, instance, epoch = release.require_entitled(claims, holder, instances.find(db, claims.instance))
+            holder, instance, epoch = release.require_entitled(
+                claims, holder, instances.find(db, claims.instance), now=trail.now
+            )
             trail.subject["epoch"] = epoch.number
             revocations.require_none(revocations.standing(db, release.subjects(applicant, holder, epoch)))
             self._policy.require_measured(epoch.leakage, epoch.preset)
             # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
             carried = instance.kind == "dedicated" or claims.kind == "grant"
             grant = instances.grant(db, self._vault, instance.id, epoch.number) if carried else None
-            record = None
+            record, drawn = None, ()
             if claims.kind == "bundle":
                 record = leases.issue(db, applicant, holder, (instance, epoch), self._policy.lease, now=trail.now)
                 trail.subject |= {"handle": record.handle, "tokens": record.tokens}
+                drawn = self._draw(db, instance, epoch)
             head = self._audit.append(db, trail)
-        return _Issued(instance, epoch, record, grant, head)
+        return _Issued(instance, epoch, record, grant, drawn, head)
 
     def _seal(self, applicant: Applicant, issued: _Issued, now: int) -> tuple[bytes, bytes]:
         record, grant = issued.record, issued.grant
@@ -237,8 +264,19 @@ class Issuer:
             policy_digest=self._policy_digest,
             audit_head=issued.head.to_bytes(),
             grant=None if grant is None else grant.to_bytes(),
+            canaries=issued.canaries,
         )
         return seal(bundle, applicant.claims_bytes, self._home.service)
+
+    def _draw(self, db: Connection, instance: Instance, epoch: Epoch) -> tuple[bytes, ...]:
+        """The canaries of one bundle. A pool that has run dry releases without: the log says so, and the operator adds."""
+        wanted = self._policy.canaries.per_bundle
+        drawn = canaries.draw(db, self._vault, instance.id, epoch.number, wanted)
+        if len(drawn) < wanted:
+            structlog.get_logger().warning(
+                "canaries are running out", instance=instance.id, epoch=epoch.number, wanted=wanted, drawn=len(drawn)
+            )
+        return drawn
 
     def _renewal(self, record: LeaseRecord, epoch: Epoch, beat: Heartbeat, head: Signed, now: int) -> bytes:
         renewal = Renewal(
@@ -254,7 +292,7 @@ class Issuer:
         key = read_link_key(record.link_key)
         return issue_link_certificate(self._home.link_ca, key, now=now, expires=record.expires)
 
-    def _require_running(self, db: Connection, record: LeaseRecord) -> Epoch:
+    def _require_running(self, db: Connection, record: LeaseRecord, now: int) -> Epoch:
         """The lease's epoch, where everything still holds that it was issued on."""
         if record.revoked is not None:
             raise LeaseRevoked.because("lease", f"one that was revoked (revocation {record.revoked})", "a new lease")
@@ -264,6 +302,8 @@ class Issuer:
         epoch = instance.epoch(record.epoch)
         if epoch is None or epoch.state == "removed":
             raise InstanceRefused.because("lease instance", "one that was removed", "a registered instance")
+        if not epoch.serves(now):
+            raise InstanceRefused.because("lease epoch", "one that has drained", "a new lease, of the active epoch")
         release.require_member(user, instance)
         self._policy.require_measured(epoch.leakage, epoch.preset)
         return epoch
@@ -279,8 +319,8 @@ class Issuer:
     def _granted(self, kind: str) -> None:
         self._telemetry.counter(RELEASES).labels(kind=kind).inc()
 
-    def _now(self) -> int:
-        return int(self._clock())
+    def _decided(self, event: str, code: str) -> None:
+        self._telemetry.counter(DECISIONS).labels(event=event, code=code).inc()
 
 
 def _require_short(**parts: tuple[bytes, int]) -> None:

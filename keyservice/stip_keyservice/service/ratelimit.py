@@ -77,12 +77,33 @@ class Buckets:
         return len(self._full_at) < self._keys
 
 
+class LinkKeys:
+    """Link keys of leases that were signed here, by handle; the latest ones. Safe from any thread."""
+
+    def __init__(self, kept: int = LEASES_KEPT) -> None:
+        self._kept = kept
+        self._keys: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def note(self, handle: bytes, link_key: bytes) -> None:
+        with self._lock:
+            self._keys[handle] = link_key
+            self._keys.move_to_end(handle)
+            while len(self._keys) > self._kept:
+                self._keys.popitem(last=False)
+
+    def get(self, handle: bytes) -> bytes | None:
+        with self._lock:
+            return self._keys.get(handle)
+
+
 class Limiter:
     """Admits requests of one process, or raises `Overloaded` with the time after which to try again."""
 
     def __init__(
         self,
         rates: Rates,
+        link_keys: LinkKeys,
         *,
         refused: Callable[[Kind], None] = lambda kind: None,
         clock: Callable[[], float] = time.monotonic,
@@ -90,8 +111,7 @@ class Limiter:
         self._peers = {kind: Buckets(getattr(rates, kind), keys=rates.peers, clock=clock) for kind in KINDS}
         self._leases = Buckets(rates.lease, keys=LEASES_KEPT, clock=clock)
         self._refused = refused
-        self._link_keys: OrderedDict[bytes, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._link_keys = link_keys
 
     def admit(self, kind: Kind, peer: str) -> None:
         """Take from the peer's bucket. Raises `Overloaded`."""
@@ -113,19 +133,10 @@ class Limiter:
             if wait > 0:
                 raise self._overloaded("renewal", wait)
 
-    def granted(self, handle: bytes, link_key: bytes) -> None:
-        """Remember whose lease that is: its holder is told apart from others behind the same address."""
-        with self._lock:
-            self._link_keys[handle] = link_key
-            self._link_keys.move_to_end(handle)
-            while len(self._link_keys) > LEASES_KEPT:
-                self._link_keys.popitem(last=False)
-
     def _proven(self, heartbeat: bytes, signature: bytes) -> bytes | None:
         try:
             handle = Heartbeat.from_bytes(heartbeat).handle
-            with self._lock:
-                known = self._link_keys.get(handle)
+            known = self._link_keys.get(handle)
             if known is None:
                 return None
             key: ec.EllipticCurvePublicKey = read_link_key(known)

@@ -17,6 +17,7 @@ import structlog
 
 from stip_keyservice.service.config import Limits
 from stip_keyservice.service.issuer import Issuer
+from stip_keyservice.service.ratelimit import Kind, Limiter, peer_name
 from stip_keyservice.service.release import Request
 from stip_keyservice.service.streams import Streams
 from stip_protocol.errors import DeadlineExceeded, Overloaded
@@ -31,9 +32,15 @@ class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
     """`stip.keyservice.v1.KeyService` over an `Issuer`."""
 
     def __init__(
-        self, issuer: Issuer, limits: Limits, *, observe: Callable[[int], None] = lambda watches: None
+        self,
+        issuer: Issuer,
+        limits: Limits,
+        *,
+        observe: Callable[[int], None] = lambda watches: None,
+        limited: Callable[[Kind], None] = lambda kind: None,
     ) -> None:
-        """`observe` is told how many watch streams are open."""
+        """`observe` is told how many watch streams are open, `limited` what a peer's limit refused."""
+        self._limiter = Limiter(limits.rates, issuer.link_keys, refused=limited)
         self._issuer, self._limits = issuer, limits
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="keyservice")
         self._waiting: set[Future[Any]] = set()
@@ -43,15 +50,19 @@ class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
         self, request: keyservice_pb2.ChallengeRequest, context: Any
     ) -> keyservice_pb2.ChallengeReply:
         with _request_id(context):
-            made = await self._in_thread(self._issuer.challenge)
+            self._limiter.admit("challenge", peer_name(context.peer()))
+            make = self._issuer.challenge
+            made = await self._in_thread(make) if self._issuer.clock.behind else make()
             return keyservice_pb2.ChallengeReply(nonce=made.nonce, seconds=made.seconds, service=made.service)
 
     async def Release(  # noqa: N802 - the name is the wire's
         self, request: keyservice_pb2.ReleaseRequest, context: Any
     ) -> keyservice_pb2.ReleaseReply:
         with _request_id(context):
+            peer = peer_name(context.peer())
+            self._limiter.admit("release", peer)
             asked = Request(request.claims, request.quote, request.collateral, request.delegation)
-            sealed, signature = await self._in_thread(lambda: self._issuer.release(asked))
+            sealed, signature = await self._in_thread(lambda: self._issuer.release(asked, peer=peer))
             structlog.get_logger().info("released")
             return keyservice_pb2.ReleaseReply(sealed=sealed, signature=signature)
 
@@ -59,13 +70,16 @@ class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
         self, request: keyservice_pb2.RenewRequest, context: Any
     ) -> keyservice_pb2.RenewReply:
         with _request_id(context):
-            renewal = await self._in_thread(lambda: self._issuer.renew(request.heartbeat, request.signature))
+            peer = peer_name(context.peer())
+            self._limiter.admit_renewal(peer, request.heartbeat, request.signature)
+            renewal = await self._in_thread(lambda: self._issuer.renew(request.heartbeat, request.signature, peer=peer))
             return keyservice_pb2.RenewReply(renewal=renewal)
 
     async def Watch(  # noqa: N802 - the name is the wire's
         self, request: keyservice_pb2.WatchRequest, context: Any
     ) -> None:
         with _request_id(context):
+            self._limiter.admit("watch", peer_name(context.peer()))
             asked = await self._in_thread(
                 lambda: self._issuer.watch(request.watch, request.signature, request.link_key)
             )
