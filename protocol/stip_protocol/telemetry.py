@@ -91,6 +91,12 @@ RATE_LIMITED = Metric(
     ("kind",),
 )
 POLICY_SERIAL = Metric("stip_policy_serial", "Serial of the policy in force", ("keyservice",))
+POLICY_LOADS = Metric(
+    "stip_policy_loads_total",
+    "Times a policy was read, at start and on SIGHUP, by result (loaded, or the code of the refusal)",
+    ("keyservice",),
+    ("result",),
+)
 READY = Metric("stip_ready", "1 where a check of readiness holds, by check", SERVING, ("check",))
 REPLICAS = Metric("stip_replicas", "Replicas that answer, by instance epoch being served", ("gateway",))
 SIMULATION = Metric("stip_simulation", "1 where evidence is simulated: nothing is protected", SERVING)

@@ -18,7 +18,7 @@ from stip_protocol.runtime.config import load
 from stip_server.config import ServerSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "operate.md"
-PLACEHOLDERS = {"<MRENCLAVE>": "ab" * 32, "<32 hex digits>": "cd" * 16}
+PLACEHOLDERS = {"<MRENCLAVE>": "ab" * 32, "<SHA-256 of manifest.json>": "ef" * 32, "<32 hex digits>": "cd" * 16}
 READERS: dict[str, Any] = {
     "keyservice.toml": lambda path: load(KeyServiceSettings, path),
     "policy.toml": Policy.load,

@@ -16,6 +16,9 @@ from stip_stack.tee import SimulatedPlatform
 from .conftest import MEASUREMENT
 
 PRODUCTION = f"""
+serial = 1
+[[instances]]
+manifest = "{"cd" * 32}"
 [evidence]
 mode = "production"
 measurements = ["{MEASUREMENT.hex()}"]

@@ -57,7 +57,9 @@ class KeyServiceSettings(Settings):
     home: ConfigPath | None = None
     """The key service's home; by default `$STIP_KEYSERVICE_HOME` or `~/.stip/keyservice`."""
     policy: ConfigPath
-    """The policy, see `stip_keyservice.service.policy`."""
+    """The policy, see `stip_keyservice.service.policy`. Its signature lies beside it, `<name>.sig`."""
+    policy_key: ConfigPath | None = None
+    """Ed25519 public key (PEM) that policies are signed by; by default the home's `developer.pub`."""
     dns_name: str = Field(default="localhost", min_length=1, max_length=253)
     """The name the server's certificate carries."""
     simulated_root: ConfigPath | None = None

@@ -70,6 +70,8 @@ class EnclaveFacts(Document):
     """Platform instance id, where it has one, and PPID."""
     tcb_status: str
     advisories: tuple[str, ...] = Field(strict=False)
+    tcb_evaluation_number: Tokens
+    simulated: bool
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def _facts(verified: Verified) -> EnclaveFacts:
         platforms=tuple(name for name in (platform.instance_id, platform.ppid) if name is not None),
         tcb_status=verified.tcb_status,
         advisories=verified.advisories,
+        tcb_evaluation_number=verified.tcb_evaluation_number,
+        simulated=verified.simulated,
     )
 
 

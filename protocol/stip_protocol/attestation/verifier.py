@@ -25,6 +25,8 @@ class Verified:
     isv_svn: int
     tcb_status: str
     advisories: tuple[str, ...]
+    tcb_evaluation_number: int
+    """Of the collateral: Intel's round of TCB recovery."""
     simulated: bool
     platform: Platform
     collateral_expires: int
@@ -52,6 +54,7 @@ def verify(
         isv_svn=quote.isv_svn,
         tcb_status=found.status,
         advisories=found.advisories,
+        tcb_evaluation_number=found.evaluation_number,
         simulated=case.simulated,
         platform=Platform.of(found),
         collateral_expires=int(case.expires.timestamp()),
