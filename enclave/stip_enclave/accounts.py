@@ -8,97 +8,195 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from stip_enclave.config import Limits
 from stip_enclave.guards import Rate
-from stip_enclave.instances import Instance
+from stip_enclave.instances import Instance, Instances
 from stip_enclave.lease import LeaseAccount
 from stip_enclave.release import ReleaseClient
 from stip_protocol.documents import Signed
-from stip_protocol.errors import LeaseError, Overloaded
+from stip_protocol.errors import LeaseRevoked, Overloaded, StipError
 from stip_protocol.release import Grant
 from stip_protocol.telemetry import LEASE_AGE, Telemetry
 
 RETRY_SECONDS = 5.0
 """What a client is told to wait where every lease that is kept is in use."""
+TIDY_SECONDS = 10.0
+"""How often leases that have ended are forgotten, and with the last of an instance what its grant has opened."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """A lease, and the epoch of the instance that it is for."""
+
+    account: LeaseAccount
+    instance: Instance
+
+    @property
+    def standing(self) -> bool:
+        return self.account.in_use or (self.account.ended is None and not self.account.expired)
 
 
 class Accounts:
     """The lease accounts of this enclave."""
 
-    def __init__(self, releases: ReleaseClient, limits: Limits, telemetry: Telemetry) -> None:
-        self._releases, self._limits = releases, limits
+    def __init__(self, releases: ReleaseClient, instances: Instances, limits: Limits, telemetry: Telemetry) -> None:
+        self._releases, self._instances, self._limits = releases, instances, limits
         self._rate = Rate("releases", limits.releases_per_second)
-        self._accounts: dict[bytes, LeaseAccount] = {}
+        self._held: dict[bytes, _Held] = {}
+        self._former: set[_Held] = set()
+        """Superseded: a newer one is kept for the delegation, and their sessions go on."""
         self._locks: dict[bytes, tuple[asyncio.Lock, int]] = {}
+        self.holding, self.empty = asyncio.Event(), asyncio.Event()
+        """Whether there are any leases; each is set while the other is not."""
+        self.empty.set()
         telemetry.gauge(LEASE_AGE).set_function(self._oldest)
 
-    async def get(self, delegation: bytes, instance: Instance) -> LeaseAccount:
-        """The account of a delegation (signed, checked by `EnclaveIdentity.delegation`), with its instance loaded.
+    @property
+    def audit_head(self) -> bytes:
+        """The newest signed head of the key service's audit log."""
+        return self._releases.audit_head
 
-        Asks the key service where there is none that can go on. Raises what it refuses with.
+    async def get(self, delegation: bytes, instance: str) -> tuple[LeaseAccount, Instance]:
+        """The account of a delegation (signed, checked by `EnclaveIdentity.delegation`), and the epoch of its instance
+        that it is for, opened.
+
+        Asks the key service where there is none that new sessions may use. Raises what it refuses with.
         """
-        digest = Signed.from_bytes(delegation).digest()
+        digest, epochs = Signed.from_bytes(delegation).digest(), self._instances.find(instance)
         async with self._locked(digest):
-            account = self._accounts.get(digest)
-            if account is not None:
-                try:
-                    await account.refresh()
-                except LeaseError:
-                    account = None  # a lease that ran out beyond renewal: the delegation may still get another one
-            grant = None
-            if account is None:
-                account, grant = await self._release(delegation, instance)
+            held, grant = self._held.get(digest), None
+            if held is None or not await self._usable(held, epochs):
+                new, grant = await self._release(delegation, instance, epochs)
                 self._make_room()
-                self._accounts[digest] = account
-            await self._load(delegation, instance, grant, digest)
-            return account
+                self._keep(digest, new)
+                held = new
+            await self._open(delegation, held, grant, digest)
+            return held.account, held.instance
+
+    def confirm(self) -> None:
+        """Have the key service asked now about every lease that is in use."""
+        for held in self._everything():
+            held.account.confirm()
+
+    async def revoke(self, handles: Collection[bytes], instance: str | None, epoch: int | None) -> int:
+        """End the leases named at once, and their sessions. With `instance`, it or one `epoch` of it is closed: every
+        lease for it ends, and what its grant has opened is forgotten. Returns how many have ended.
+        """
+        ended = 0
+        for held in self._everything():
+            manifest = held.instance.manifest
+            closed = instance == manifest.instance and epoch in (None, manifest.epoch)
+            if held.account.ended is None and (closed or held.account.held.lease.handle in handles):
+                held.account.end(LeaseRevoked("lease: the key service has revoked it"))
+                ended += 1
+        if instance is not None:
+            await self._instances.close(instance, epoch)
+        self._forget()
+        return ended
+
+    def supersede(self, handles: Collection[bytes]) -> None:
+        """The epoch of the leases named drains."""
+        for held in self._everything():
+            if held.account.held.lease.handle in handles:
+                held.account.superseded = True
+
+    async def keep_tidy(self) -> None:
+        """For ever: forget leases that have ended, and what was opened of instances that no lease is for any more."""
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            await self.tidy()
+
+    async def tidy(self) -> None:
+        """One round of `keep_tidy`."""
+        self._forget()
+        await self._instances.close_all_but({held.instance for held in self._everything()})
 
     async def stop(self) -> None:
         """Renew nothing more."""
-        await asyncio.gather(*(account.stop() for account in self._accounts.values()))
+        await asyncio.gather(*(held.account.stop() for held in self._everything()))
 
-    async def _release(self, delegation: bytes, instance: Instance) -> tuple[LeaseAccount, Grant | None]:
+    async def _usable(self, held: _Held, epochs: Mapping[int, Instance]) -> bool:
+        """Whether a new session may run under a lease. One that cannot be renewed is no reason to refuse a session: the
+        key service may release another one for the delegation, and says why where it does not.
+        """
+        account, here = held.account, held.instance in epochs.values()
+        if not here or (account.superseded and len(epochs) > 1):
+            return False
+        try:
+            await account.refresh()
+        except StipError:
+            return False
+        # Over the renewal it may have heard that the epoch drains.
+        return not (account.superseded and len(epochs) > 1)
+
+    async def _release(
+        self, delegation: bytes, instance: str, epochs: Mapping[int, Instance]
+    ) -> tuple[_Held, Grant | None]:
         self._rate.take()
-        manifest, rows = instance.manifest, self._limits.lease_rows
-        bundle = await self._releases.bundle(delegation, manifest.instance, instance.digest, manifest.epoch, rows)
-        held = self._releases.held(bundle.lease, bundle.link_certificate, bundle)
-        account = LeaseAccount(held, self._releases, heartbeat_tokens=bundle.heartbeat_tokens, chunk=rows)
-        return account, None if bundle.grant is None else Grant.from_bytes(bundle.grant)
+        rows, digests = self._limits.lease_rows, {epoch: one.digest for epoch, one in epochs.items()}
+        bundle = await self._releases.bundle(delegation, instance, digests, rows)
+        lease = self._releases.held(bundle.lease, bundle.link_certificate, bundle)
+        account = LeaseAccount(lease, self._releases, heartbeat_tokens=bundle.heartbeat_tokens, chunk=rows)
+        grant = None if bundle.grant is None else Grant.from_bytes(bundle.grant)
+        return _Held(account, epochs[bundle.epoch]), grant
 
-    async def _load(self, delegation: bytes, instance: Instance, grant: Grant | None, digest: bytes) -> None:
+    async def _open(self, delegation: bytes, held: _Held, grant: Grant | None, digest: bytes) -> None:
+        """Open the instance, where it is not yet. Where that fails, the next attempt asks for lease and grant again: a
+        grant that came with its bundle is not kept."""
+        instance = held.instance
         if instance.loaded:
             return
-        if grant is None:
-            self._rate.take()
-            manifest = instance.manifest
-            grant = await self._releases.grant(delegation, manifest.instance, instance.digest, manifest.epoch)
-            await instance.load(grant)
-            return
+        manifest = instance.manifest
         try:
+            if grant is None:
+                self._rate.take()
+                grant = await self._releases.grant(delegation, manifest.instance, manifest.epoch, instance.digest)
             await instance.load(grant)
+            if held.account.ended is not None:  # while the grant was on its way
+                raise held.account.ended
         except BaseException:
-            # The grant came with the bundle and is not kept: the next attempt asks for both.
-            self._accounts.pop(digest, None)
+            if self._held.get(digest) is held:
+                del self._held[digest]
             raise
 
+    def _keep(self, digest: bytes, held: _Held) -> None:
+        before = self._held.get(digest)
+        if before is not None and before.account.in_use:
+            self._former.add(before)
+        self._held[digest] = held
+        self._count()
+
+    def _forget(self) -> None:
+        """Drop what no session may use any more."""
+        self._former = {held for held in self._former if held.account.in_use}
+        self._held = {digest: held for digest, held in self._held.items() if held.standing}
+        self._count()
+
+    def _count(self) -> None:
+        some, none = (self.holding, self.empty) if self._everything() else (self.empty, self.holding)
+        some.set()
+        none.clear()
+
     def _make_room(self) -> None:
-        for digest, account in list(self._accounts.items()):
-            if not account.in_use and (account.ended is not None or account.expired):
-                del self._accounts[digest]
-        if len(self._accounts) >= self._limits.accounts:
-            idle = next((digest for digest, account in self._accounts.items() if not account.in_use), None)
+        self._forget()
+        if len(self._held) >= self._limits.accounts:
+            idle = next((digest for digest, held in self._held.items() if not held.account.in_use), None)
             if idle is None:
-                error = Overloaded.because("leases", len(self._accounts) + 1, f"at most {self._limits.accounts}")
+                error = Overloaded.because("leases", len(self._held) + 1, f"at most {self._limits.accounts}")
                 error.retry_after = RETRY_SECONDS
                 raise error
-            del self._accounts[idle]
+            del self._held[idle]
+
+    def _everything(self) -> list[_Held]:
+        return [*self._held.values(), *self._former]
 
     def _oldest(self) -> float:
         now = time.monotonic()
-        accounts = list(self._accounts.values())  # the metrics server asks from a thread of its own
+        accounts = [held.account for held in self._everything()]  # the metrics server asks from a thread of its own
         return max((now - account.began for account in accounts if account.in_use), default=0.0)
 
     @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,13 +28,14 @@ def main() -> None:
     help="enclave.toml; see docs/operate.md.",
 )
 def serve(config: Path) -> None:
-    """Serve until SIGTERM, then drain.
+    """Serve until SIGTERM, then drain. SIGHUP reads the list of instances again, and nothing else of the file.
 
     Prints one JSON line with the addresses once it listens. Exits 2 where the configuration cannot be used.
     """
     try:
-        settings = load(EnclaveSettings, config)
-        loop.run(run(settings, GramineProvider(settings.collateral)))
+        reread = partial(load, EnclaveSettings, config)
+        settings = reread()
+        loop.run(run(settings, GramineProvider(settings.collateral), reread))
     except (ConfigurationError, IntegrityError) as error:
         click.echo(f"stip-enclave: {error} ({error.action})", err=True)
         raise SystemExit(2) from None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -21,10 +23,10 @@ from stip_enclave.outbox import Encoding
 from stip_enclave.stepwise import Stepwise
 from stip_enclave.substitution import Substitution
 from stip_enclave.tables import Tables, open_part, open_substitution, require_seed
-from stip_protocol.errors import ConfigurationError, InstanceRefused, PresetRefused
+from stip_protocol.errors import ConfigurationError, InstanceRefused, PresetRefused, StipError
 from stip_protocol.keys import vocabulary_key
 from stip_protocol.manifest import Manifest
-from stip_protocol.release import Grant
+from stip_protocol.release import EPOCHS_LIMIT, Grant
 from stip_protocol.telemetry import Telemetry
 
 SERVED = {"paper": "top", "hardened": "hidden", "throughput": "ids"}
@@ -43,7 +45,7 @@ class Opened:
 
 
 class Instance:
-    """One instance: its signed manifest at first, its tables and links once a grant has opened it."""
+    """One epoch of an instance: its signed manifest at first, its tables and links once a grant has opened it."""
 
     def __init__(
         self, folder: Path, developer: Ed25519PublicKey, connect: Connect, limits: Limits, telemetry: Telemetry
@@ -91,12 +93,19 @@ class Instance:
                 began = time.perf_counter()
                 self._opened = await asyncio.to_thread(self._open, grant)
                 seconds = round(time.perf_counter() - began, 3)
-                structlog.get_logger().info("instance opened", instance=self.manifest.instance, seconds=seconds)
+                manifest = self.manifest
+                structlog.get_logger().info(
+                    "instance opened", instance=manifest.instance, epoch=manifest.epoch, seconds=seconds
+                )
 
-    async def stop(self) -> None:
-        """End all links."""
-        if self._opened is not None:
-            await self._opened.links.stop()
+    async def close(self) -> None:
+        """End all links and forget what the grant has opened: only a new one opens the instance again. Idempotent."""
+        async with self._loading:
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.links.stop()
+            manifest = self.manifest
+            structlog.get_logger().info("instance closed", instance=manifest.instance, epoch=manifest.epoch)
 
     def _open(self, grant: Grant) -> Opened:
         manifest = self.manifest
@@ -120,31 +129,85 @@ class Instance:
 
 
 class Instances:
-    """All configured instances by id."""
+    """The configured instances by id, each with the epochs that are here."""
 
     def __init__(
         self,
-        settings: tuple[InstanceSettings, ...],
+        settings: Sequence[InstanceSettings],
         developer: Ed25519PublicKey,
         connect: Connect,
         limits: Limits,
         telemetry: Telemetry,
     ) -> None:
-        """Raises `ConfigurationError` for one instance in two directories, and what `Instance` raises."""
-        self._instances: dict[str, Instance] = {}
+        """Raises `ConfigurationError` for one epoch in two directories and for too many epochs of one instance, and
+        what `Instance` raises.
+        """
+        self._read = partial(Instance, developer=developer, connect=connect, limits=limits, telemetry=telemetry)
+        self._folders: dict[Path, Instance] = {}
+        self._leaving: set[Instance] = set()
+        """No longer configured: their sessions go on."""
         for one in settings:
-            instance = Instance(one.directory, developer, connect, limits, telemetry)
-            if instance.manifest.instance in self._instances:
-                raise ConfigurationError.because("instances", f"{instance.manifest.instance} twice", "each once")
-            self._instances[instance.manifest.instance] = instance
+            self._add(one.directory)
 
-    def find(self, instance: str) -> Instance:
-        """Raises `InstanceRefused` for one that is not configured."""
-        found = self._instances.get(instance)
-        if found is None:
-            raise InstanceRefused.because("instance", "another one", f"the {len(self._instances)} configured here")
+    def find(self, instance: str) -> Mapping[int, Instance]:
+        """The epochs of an instance. Raises `InstanceRefused` for one that is not configured."""
+        found = {each.manifest.epoch: each for each in self._folders.values() if each.manifest.instance == instance}
+        if not found:
+            known = {each.manifest.instance for each in self._folders.values()}
+            raise InstanceRefused.because("instance", "another one", f"the {len(known)} configured here")
         return found
+
+    async def reread(self, settings: Sequence[InstanceSettings]) -> None:
+        """Take another list of directories: new ones are checked as at start, and one that is refused is left out; what
+        is no longer listed takes no new sessions; the others stay as they are.
+
+        Raises `ConfigurationError` at the end where a directory was refused.
+        """
+        log, wanted = structlog.get_logger(), [one.directory for one in settings]
+        for folder in [folder for folder in self._folders if folder not in wanted]:
+            instance = self._folders.pop(folder)
+            self._leaving.add(instance)
+            log.info("instance leaves", instance=instance.manifest.instance, epoch=instance.manifest.epoch)
+        refused = []
+        for folder in [folder for folder in dict.fromkeys(wanted) if folder not in self._folders]:
+            try:
+                instance = await asyncio.to_thread(self._read, folder)
+                self._admit(folder, instance)
+            except StipError as error:
+                refused.append(error)
+                log.error("instance refused", directory=str(folder), code=error.code, detail=error.message)
+            else:
+                log.info("instance joins", instance=instance.manifest.instance, epoch=instance.manifest.epoch)
+        if refused:
+            raise ConfigurationError(f"instances: {len(refused)} refused, the first with: {refused[0].message}")
+
+    async def close(self, instance: str, epoch: int | None) -> None:
+        """Forget what grants have opened of one epoch, or of all."""
+        each = [one for one in self._everything() if one.manifest.instance == instance]
+        await asyncio.gather(*(one.close() for one in each if epoch in (None, one.manifest.epoch)))
+
+    async def close_all_but(self, used: Collection[Instance]) -> None:
+        """Forget what grants have opened, where no lease stands behind it any more."""
+        unused = [one for one in self._everything() if one not in used]
+        self._leaving.intersection_update(used)
+        await asyncio.gather(*(one.close() for one in unused))
 
     async def stop(self) -> None:
         """End all links of all instances."""
-        await asyncio.gather(*(instance.stop() for instance in self._instances.values()))
+        await asyncio.gather(*(one.close() for one in self._everything()))
+
+    def _everything(self) -> list[Instance]:
+        return [*self._folders.values(), *self._leaving]
+
+    def _add(self, folder: Path) -> None:
+        self._admit(folder, self._read(folder))
+
+    def _admit(self, folder: Path, instance: Instance) -> None:
+        manifest = instance.manifest
+        epochs = [one.manifest.epoch for one in self._folders.values() if one.manifest.instance == manifest.instance]
+        if manifest.epoch in epochs:
+            twice = f"epoch {manifest.epoch} of {manifest.instance} twice"
+            raise ConfigurationError.because("instances", twice, "each epoch once")
+        if len(epochs) == EPOCHS_LIMIT:
+            raise ConfigurationError.because("instances", f"another epoch of {manifest.instance}", EPOCHS_LIMIT)
+        self._folders[folder] = instance

@@ -4,7 +4,8 @@ Two bounds, both counted here and neither by a clock, which the host could set:
 
 - rows: `lease.tokens` is a cumulative mark; every row fed counts, prompts included;
 - revocation: after `heartbeat_tokens` outputs since the last heartbeat that was answered, nothing is fed until
-  another one is. Outputs count from when that heartbeat was *made*, and rows in flight count as outputs.
+  another one is. Outputs count from when that heartbeat was *made*, and rows in flight count as outputs. Over an open
+  control stream (`control`) a lease is ended at once.
 
 Where the server decodes alone, ids are *reserved* before it is asked for them and *counted* when they arrive, because
 the gateway counts them too; which of them are *handed on* to the client is bounded as outputs are. Rows that are fed
@@ -19,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import structlog
@@ -76,6 +77,8 @@ class LeaseAccount:
         self.held = held
         self.ended: StipError | None = None
         """Why no session may run under this lease any more."""
+        self.superseded = False
+        """Whether its epoch drains: the sessions under it go on, a new one asks for a new lease."""
         self.began = time.monotonic()
         self._renewing, self._chunk, self._clock = renewing, chunk, clock
         self._heartbeat_tokens = max(1, heartbeat_tokens)
@@ -242,6 +245,18 @@ class LeaseAccount:
         if self.expired:
             raise LeaseExpired("lease: it has ended, and could not be renewed")
 
+    def confirm(self) -> None:
+        """Ask now whether the lease still stands, where sessions run under it."""
+        if self._holders:
+            self._start()
+
+    def end(self, error: StipError) -> None:
+        """End all sessions under the lease, and admit no more. Idempotent: the first error stays."""
+        if self.ended is not None:
+            return
+        self.ended = error
+        self._fail(list(self._holders), error)
+
     async def stop(self) -> None:
         """Renew no more."""
         if self._task is not None:
@@ -270,6 +285,8 @@ class LeaseAccount:
             structlog.get_logger().error("renewal failed", fault=fault(defect))
             error = StipError("internal error; see the log of the enclave")
         self._task = None
+        if self.ended is not None:
+            return  # while it was under way: whatever the answer was, it is too late
         if error is None:
             waiting, self._waiting = self._waiting, {}
             for resume in waiting.values():
@@ -278,15 +295,16 @@ class LeaseAccount:
         structlog.get_logger().warning("lease not renewed", code=error.code)
         # Without an answer, or without budget, those that need more rows fail and rows admitted already may be
         # used; any other refusal ends all sessions.
-        only_waiting = isinstance(error, Unavailable | BudgetSpent | LeaseSpent)
-        failing = list(self._waiting) if only_waiting else list(self._holders)
-        if only_waiting:
+        if isinstance(error, Unavailable | BudgetSpent | LeaseSpent):
             self._grows = False
+            self._fail(list(self._waiting), error)
         else:
-            self.ended = error
-        for holder in failing:
-            self._waiting.pop(holder, None)
-            holder.failed(error)
+            self.end(error)
+
+    def _fail(self, waiters: Sequence[Waiter], error: StipError) -> None:
+        for waiter in waiters:
+            self._waiting.pop(waiter, None)
+            waiter.failed(error)
 
     async def _attempt(self) -> StipError | None:
         for pause in (*RETRY_SECONDS, None):
@@ -326,6 +344,7 @@ class LeaseAccount:
         self._gained = held.lease.tokens - self.held.lease.tokens
         self._grows = self._gained > 0
         self.held = held
+        self.superseded = self.superseded or held.superseded
         self._confirmed, self._confirmed_beat = outputs, self.beats
         self._wanted, self._life = 0, self._left_seconds()
         least, greatest = (share * self._heartbeat_tokens for share in LEAD_SHARES)

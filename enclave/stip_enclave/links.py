@@ -62,6 +62,7 @@ class Links:
         self._refreshed = -REFRESH_SECONDS
         self._refreshing: asyncio.Task[None] | None = None
         self._stopping: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     async def place(self, certificate: bytes, *, positions: int = 0, avoid: Collection[str] = ()) -> Link:
         """The least loaded link that takes new sessions of `positions` rows, if possible none to a replica in `avoid`.
@@ -69,6 +70,8 @@ class Links:
         `certificate` (DER) is for links that have to be opened. Raises `PositionRefused` where every replica's sessions
         are shorter, `ReplicaLost` where none takes sessions, or what the gateway and the cards say.
         """
+        if self._stopped:
+            raise ReplicaLost("the instance was closed")
         if positions > self._manifest.max_positions:
             raise PositionRefused.because("max_positions", positions, f"at most {self._manifest.max_positions}")
         refreshing = None
@@ -92,13 +95,16 @@ class Links:
         return any(other is not link for other in self._choices(()))
 
     async def stop(self) -> None:
-        """End all links."""
+        """End all links, and open none any more. Once."""
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
         for link in list(self._links):
             self._over(link)
         await asyncio.gather(*self._stopping)
+        # Sessions that have ended may still know this object, and what a grant opened must not outlive it.
+        self._stopped = True
+        del self._encoding, self._deliver
 
     def _choices(self, avoid: Collection[str]) -> list[Link]:
         return [link for link in self._links if link.usable and link.replica not in avoid]

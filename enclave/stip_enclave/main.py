@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
 import grpc.aio
 import structlog
@@ -11,6 +12,7 @@ import torch
 
 from stip_enclave.accounts import Accounts
 from stip_enclave.config import EnclaveSettings
+from stip_enclave.control import ControlStream
 from stip_enclave.guards import harden_process
 from stip_enclave.identity import EnclaveIdentity
 from stip_enclave.instances import Instances
@@ -21,13 +23,14 @@ from stip_protocol.attestation.evidence import EvidenceProvider
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
-from stip_protocol.runtime.serving import serve
+from stip_protocol.runtime.rereading import on_hangup
+from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import enclave_pb2_grpc
 
 
-async def run(settings: EnclaveSettings, provider: EvidenceProvider) -> None:
-    """Serve until SIGTERM, with evidence from `provider`.
+async def run(settings: EnclaveSettings, provider: EvidenceProvider, reread: Callable[[], EnclaveSettings]) -> None:
+    """Serve until SIGTERM, with evidence from `provider`. On SIGHUP, take the list of instances that `reread` gives.
 
     Raises `ConfigurationError` where a file cannot be used or `settings.simulated` and the provider disagree, and
     `IntegrityError` subclasses for a manifest that is not the developer's.
@@ -73,16 +76,31 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider) -> None:
         audience=gateway.audience,
         timeout=limits.key_service_seconds,
     )
-    accounts = Accounts(releases, limits, telemetry)
-    service = EnclaveService(identity, provider, instances, accounts, limits, telemetry)
+    accounts = Accounts(releases, instances, limits, telemetry)
+    control = ControlStream(releases, accounts, telemetry)
+    service = EnclaveService(identity, provider, accounts, limits, telemetry)
     credentials = rpc.server_credentials(identity.tls.certificate_pem, identity.tls.private_key_pem, client_ca=None)
 
     def register(server: grpc.aio.Server) -> None:
         enclave_pb2_grpc.add_EnclaveServicer_to_server(service, server)
 
+    def take(wanted: EnclaveSettings) -> Awaitable[None]:
+        return instances.reread(wanted.instances)
+
+    background = {
+        "control stream": control.run(),
+        "leases": accounts.keep_tidy(),
+        "rereading": on_hangup(settings, reread, "instances", take),
+    }
+    tasks = [asyncio.create_task(work) for work in background.values()]
+    for task, what in zip(tasks, background, strict=True):
+        leave_with(task, what)
     try:
         await serve(settings.serving, telemetry, credentials, register, service.drain)
     finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await accounts.stop()
         await instances.stop()
         await channel.close()

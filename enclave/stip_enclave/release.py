@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import grpc.aio
 import structlog
@@ -22,7 +22,18 @@ from stip_enclave.identity import EnclaveIdentity
 from stip_protocol import rpc
 from stip_protocol.attestation.evidence import EvidenceProvider
 from stip_protocol.documents import Signed
-from stip_protocol.errors import InstanceRefused, LeaseForeign, ManifestMismatch, NonceRefused, SignatureInvalid
+from stip_protocol.errors import (
+    AuditLogForked,
+    DeadlineExceeded,
+    FrameInvalid,
+    InstanceRefused,
+    LeaseForeign,
+    ManifestMismatch,
+    NonceRefused,
+    SignatureInvalid,
+    Unavailable,
+)
+from stip_protocol.heads import open_head
 from stip_protocol.lease import Lease
 from stip_protocol.release import (
     NONCE_BYTES,
@@ -31,16 +42,22 @@ from stip_protocol.release import (
     Claims,
     Grant,
     Heartbeat,
+    Notice,
     Renewal,
+    Watch,
     report_data,
     service_id,
     sign_heartbeat,
+    sign_watch,
     unseal,
 )
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 
 R = TypeVar("R")
+Epochs = Mapping[int, bytes]
+"""Digests of manifests by epoch."""
+Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +67,8 @@ class HeldLease:
     signed: bytes = field(repr=False)
     lease: Lease
     link_certificate: bytes = field(repr=False)
+    superseded: bool = False
+    """Whether the key service said that the epoch drains."""
 
 
 class ReleaseClient:
@@ -71,27 +90,31 @@ class ReleaseClient:
         self._service, self._provider, self._identity = service, provider, identity
         self._audience, self._timeout = audience, timeout
         self._duration = telemetry.stage("release")
+        self.audit_head = b""
+        """The newest signed head of the service's audit log; empty before the first bundle."""
+        self._head: AuditHead | None = None
 
-    async def bundle(self, delegation: bytes, instance: str, manifest_digest: bytes, epoch: int, rows: int) -> Bundle:
-        """A bundle for the user who signed `delegation`, with a lease of about `rows` rows.
+    async def bundle(self, delegation: bytes, instance: str, held: Epochs, rows: int) -> Bundle:
+        """A bundle for the user who signed `delegation`, with a lease of about `rows` rows, for one of the epochs that
+        are `held`: which one is the key service's to say.
 
         Raises `SignatureInvalid`, `InstanceRefused`, `ManifestMismatch` or `LeaseForeign` where a field is not what
         was asked for.
         """
-        bundle = await self._release(delegation, instance, "bundle", rows)
+        bundle = await self._release(delegation, instance, "bundle", tuple(sorted(held)), rows)
         assert isinstance(bundle, Bundle)
         if bundle.delegation != Signed.from_bytes(delegation).digest():
             raise InstanceRefused("bundle delegation: another delegation than the one presented", field="delegation")
-        _require_instance("bundle", bundle, instance, epoch, manifest_digest)
-        Signed.from_bytes(bundle.audit_head).open(AuditHead, self._service)
-        self.held(bundle.lease, bundle.link_certificate, bundle)
+        _require_instance("bundle", bundle, instance, held)
+        lease = self.held(bundle.lease, bundle.link_certificate, bundle).lease
+        self._note(bundle.audit_head, lease)
         return bundle
 
-    async def grant(self, delegation: bytes, instance: str, manifest_digest: bytes, epoch: int) -> Grant:
-        """The grant of a shared instance. Raises as `bundle`."""
-        grant = await self._release(delegation, instance, "grant", 0)
+    async def grant(self, delegation: bytes, instance: str, epoch: int, manifest_digest: bytes) -> Grant:
+        """The grant of one epoch of a shared instance. Raises as `bundle`."""
+        grant = await self._release(delegation, instance, "grant", (epoch,), 0)
         assert isinstance(grant, Grant)
-        _require_instance("grant", grant, instance, epoch, manifest_digest)
+        _require_instance("grant", grant, instance, {epoch: manifest_digest})
         return grant
 
     async def renew(self, held: HeldLease, heartbeat: Heartbeat) -> HeldLease:
@@ -112,7 +135,44 @@ class ReleaseClient:
             raise LeaseForeign("renewal handle: another lease", field="handle")
         if new.lease.serial <= old.serial or new.lease.tokens < old.tokens:
             raise LeaseForeign.because("renewal serial", new.lease.serial, f"above {old.serial}, with no fewer rows")
-        return new
+        if renewal.audit_head:
+            self._note(renewal.audit_head, new.lease)
+        return replace(new, superseded=renewal.superseded)
+
+    async def watch(self) -> AsyncGenerator[Notice]:
+        """What the key service has to say about the leases of this enclave, as long as the stream lasts: first that it
+        watches, then what ends or supersedes them. Nothing is handed on that is not the next notice of this stream.
+
+        Raises `SignatureInvalid` (not the pinned key), `NonceRefused` (of another stream), `FrameInvalid` (one is
+        missing, repeated or out of place), `DeadlineExceeded` where none comes at first, `Unavailable` at the end.
+        """
+        watch = Watch(nonce=await self._challenge(()), link_key=self._identity.link_key_digest)
+        signature = sign_watch(watch, self._identity.link_key)
+        call: Any = self._stub.Watch(
+            keyservice_pb2.WatchRequest(watch=watch.to_bytes(), signature=signature, link_key=self._identity.link_spki)
+        )
+        sequence = 0
+        try:
+            while True:
+                async with asyncio.timeout(None if sequence else self._timeout):
+                    reply = await call.read()
+                if reply is grpc.aio.EOF:
+                    raise Unavailable("the key service ended the control stream")
+                notice = Signed.from_bytes(reply.notice).open(Notice, self._service)
+                if notice.nonce != watch.nonce:
+                    raise NonceRefused("notice nonce: of another stream", field="nonce")
+                if notice.sequence != sequence:
+                    raise FrameInvalid.because("notice sequence", notice.sequence, sequence)
+                if (notice.kind == "watching") != (sequence == 0):
+                    raise FrameInvalid.because("notice kind", notice.kind, "watching at first, and then no more")
+                yield notice
+                sequence += 1
+        except grpc.aio.AioRpcError as error:
+            raise rpc.from_rpc(error) from None
+        except TimeoutError:
+            raise DeadlineExceeded("the key service did not begin to watch in time") from None
+        finally:
+            call.cancel()
 
     def held(self, signed: bytes, link_certificate: bytes, like: Bundle | Lease) -> HeldLease:
         """A lease held to its instance and to this enclave. Raises `SignatureInvalid`, `LeaseForeign`."""
@@ -129,30 +189,55 @@ class ReleaseClient:
         self._identity.link_credentials(link_certificate)
         return HeldLease(signed, lease, link_certificate)
 
-    async def _release(
-        self, delegation: bytes, instance: str, kind: Literal["bundle", "grant"], rows: int
-    ) -> Bundle | Grant:
-        began = time.perf_counter()
-        metadata = _request_id()
+    def _note(self, signed: bytes, lease: Lease) -> None:
+        """Keep a head that came with a lease, where it is the newest. A log that went back is not judged here, only
+        handed on: who was shown what is for clients to compare.
+
+        Raises `AuditLogForked` where the lease names another head.
+        """
+        head = open_head(signed, self._service)
+        if head.hash != lease.audit_head:
+            raise AuditLogForked("lease audit_head: another head than the one that came with it", field="audit_head")
+        kept = self._head
+        if kept is None or head.sequence > kept.sequence or head.at > kept.at:
+            self._head, self.audit_head = head, signed
+
+    async def _challenge(self, metadata: Metadata) -> bytes:
+        """A nonce of the pinned key service."""
         challenge = await _answered(
             self._stub.Challenge(keyservice_pb2.ChallengeRequest(), timeout=self._timeout, metadata=metadata)
         )
         name = service_id(self._service)
         if challenge.service != name:
             raise SignatureInvalid.because("challenge service", challenge.service.hex()[:64], name.hex())
-        if len(challenge.nonce) != NONCE_BYTES:
-            raise NonceRefused.because("challenge nonce", f"{len(challenge.nonce)} bytes", f"{NONCE_BYTES} bytes")
+        nonce: bytes = challenge.nonce
+        if len(nonce) != NONCE_BYTES:
+            raise NonceRefused.because("challenge nonce", f"{len(nonce)} bytes", f"{NONCE_BYTES} bytes")
+        return nonce
+
+    async def _release(
+        self,
+        delegation: bytes,
+        instance: str,
+        kind: Literal["bundle", "grant"],
+        epochs: tuple[int, ...],
+        rows: int,
+    ) -> Bundle | Grant:
+        began = time.perf_counter()
+        metadata = _request_id()
+        nonce = await self._challenge(metadata)
         private = X25519PrivateKey.generate()
         claims = Claims(
-            nonce=challenge.nonce,
+            nonce=nonce,
             hpke_key=private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw),
             tls_key=self._identity.tls.spki_sha256,
             link_key=self._identity.link_spki,
-            service=name,
+            service=service_id(self._service),
             delegation=Signed.from_bytes(delegation).digest(),
             kind=kind,
             instance=instance,
             tokens=rows,
+            epochs=epochs,
         ).to_bytes()
         request = keyservice_pb2.ReleaseRequest(
             claims=claims,
@@ -166,7 +251,7 @@ class ReleaseClient:
         return document
 
 
-def _request_id() -> tuple[tuple[str, str], ...]:
+def _request_id() -> Metadata:
     """Metadata that carries the session's request id, where one is bound to this context."""
     bound = structlog.contextvars.get_contextvars().get("request_id")
     return ((rpc.REQUEST_ID_KEY, bound),) if isinstance(bound, str) else ()
@@ -179,12 +264,12 @@ async def _answered(call: Awaitable[R]) -> R:
         raise rpc.from_rpc(error) from None
 
 
-def _require_instance(what: str, document: Bundle | Grant, instance: str, epoch: int, manifest_digest: bytes) -> None:
+def _require_instance(what: str, document: Bundle | Grant, instance: str, held: Epochs) -> None:
     if document.instance != instance:
         raise InstanceRefused.because(f"{what} instance", document.instance, instance)
-    for name, got, allowed in (
-        ("epoch", document.epoch, epoch),
-        ("manifest_digest", document.manifest_digest.hex(), manifest_digest.hex()),
-    ):
-        if got != allowed:
-            raise ManifestMismatch.because(f"{what} {name}", got, allowed)
+    if document.epoch not in held:
+        allowed = ", ".join(map(str, sorted(held)))
+        raise ManifestMismatch.because(f"{what} epoch", document.epoch, allowed)
+    allowed = held[document.epoch].hex()
+    if document.manifest_digest.hex() != allowed:
+        raise ManifestMismatch.because(f"{what} manifest_digest", document.manifest_digest.hex(), allowed)

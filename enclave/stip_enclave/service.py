@@ -16,7 +16,6 @@ from stip_enclave.accounts import Accounts
 from stip_enclave.config import Limits
 from stip_enclave.guards import Rate
 from stip_enclave.identity import EnclaveIdentity
-from stip_enclave.instances import Instances
 from stip_enclave.meters import Meters
 from stip_enclave.session import Session as UserSession
 from stip_enclave.session import failure
@@ -43,13 +42,12 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
         self,
         identity: EnclaveIdentity,
         provider: EvidenceProvider,
-        instances: Instances,
         accounts: Accounts,
         limits: Limits,
         telemetry: Telemetry,
     ) -> None:
         self._identity, self._provider = identity, provider
-        self._instances, self._accounts, self._limits = instances, accounts, limits
+        self._accounts, self._limits = accounts, limits
         self._telemetry, self._meters = telemetry, Meters.of(telemetry)
         self._attests = Rate("attestations", limits.attests_per_second)
         self._attest_time = telemetry.stage("attest")
@@ -146,14 +144,13 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
         return frame.open
 
     async def _open(self, opening: enclave_pb2.Open, request_id: str) -> tuple[UserSession, enclave_pb2.EnclaveFrame]:
-        instance = self._instances.find(opening.instance)
-        account = await self._accounts.get(opening.delegation, instance)
+        account, instance = await self._accounts.get(opening.delegation, opening.instance)
         session = UserSession(instance, account, self._limits, self._meters)
         await session.start(request_id, opening.max_positions)
         self._sessions.add(session)
         if self._draining:
             session.drain()
-        structlog.get_logger().info("session opened", instance=opening.instance)
+        structlog.get_logger().info("session opened", instance=opening.instance, epoch=instance.manifest.epoch)
         opened = enclave_pb2.Opened(
             session=bytes.fromhex(request_id),
             preset=instance.manifest.preset,
@@ -162,6 +159,7 @@ class EnclaveService(enclave_pb2_grpc.EnclaveServicer):
             simulated=self._provider.simulated,
             manifest_digest=instance.digest,
             epoch=instance.manifest.epoch,
+            audit_head=self._accounts.audit_head,
         )
         return session, enclave_pb2.EnclaveFrame(opened=opened)
 

@@ -59,8 +59,10 @@ class Session:
         self.frames: asyncio.Queue[enclave_pb2.EnclaveFrame | None] = asyncio.Queue()
         """To the client; None ends the stream. Bounded by pausing the session at `Limits.steps_ahead`."""
         self.ended = False
-        self._encoding, self._account, self._limits, self._meters = instance.encoding, account, limits, meters
+        self._account, self._limits, self._meters = account, limits, meters
+        self._encoding = instance.encoding
         self._decoding: Decoding = instance.decoding(self, account)
+        """Until it is closed: what a grant has opened must not be kept by a client that does not read."""
         self._ready: list[enclave_pb2.EnclaveFrame | None] = []
         self._leaving = False
         self._timer: asyncio.TimerHandle | None = None
@@ -73,13 +75,17 @@ class Session:
         """
         self._log = self._log.bind(request_id=request_id)
         self._account.join(self)
+        travel = self._decoding.travel
         try:
-            await self._decoding.travel.start(request_id, max_positions)
+            await travel.start(request_id, max_positions)
         except BaseException:
             self.close()
             raise
-        self.max_positions = self._decoding.travel.positions
-        self._wait("a turn")
+        self.max_positions = travel.positions
+        if self.ended:  # by its lease, meanwhile: the client hears of it
+            travel.close()
+        else:
+            self._wait("a turn")
 
     # -- from the client ------------------------------------------------------------------------------------------
 
@@ -139,13 +145,17 @@ class Session:
 
     def close(self) -> None:
         """Free everything. Idempotent."""
+        if self.ended:
+            return
         self.ended = True
         self._still()
         self._account.leave(self)
         if self.turn is not None:
             self.turn.ended = True
             self.turn = None
+        self.paused = False
         self._decoding.travel.close()
+        del self._decoding, self._encoding
         self.history.clear()
 
     # -- from the lease and the way of decoding -----------------------------------------------------------------------
@@ -162,7 +172,8 @@ class Session:
 
     def lease_renewed(self, signed: bytes) -> None:
         """The gateway must know a lease before rows that need it."""
-        self._decoding.travel.renew(signed)
+        if not self.ended:
+            self._decoding.travel.renew(signed)
 
     @property
     def room(self) -> int:

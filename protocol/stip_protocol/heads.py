@@ -26,9 +26,6 @@ HEADS_LIMIT = 4096
 """Heads in one file."""
 FILE_LIMIT = 8 << 20
 """Bytes of the largest file read: `HEADS_LIMIT` heads of some 300 bytes in base64, with room."""
-SLACK_SECONDS = 120
-"""By which the times of two heads may contradict their order: replicas of a key service have clocks of their own, and
-an entry bears the time at which its request came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +72,9 @@ def open_head(signed: bytes, service: Ed25519PublicKey) -> AuditHead:
 def require_one_log(known: Sequence[AuditHead], head: AuditHead) -> None:
     """Hold a verified head against others of the same service. Raises `AuditLogForked`, which names no secret.
 
-    One sequence has one hash; and what was signed later is no shorter, but for `SLACK_SECONDS`. An older head that
-    comes late (from another enclave) contradicts nothing.
+    One sequence has one hash, and a log does not get shorter: the times of its entries never go back, so a head that
+    is signed later and counts fewer is of a log that was cut. An older head that comes late, as from another enclave,
+    contradicts nothing.
     """
     for other in known:
         if other.sequence == head.sequence and other.hash != head.hash:
@@ -85,10 +83,9 @@ def require_one_log(known: Sequence[AuditHead], head: AuditHead) -> None:
                 f"{head.hash.hex()}: two logs were shown, or one was rewritten",
                 field="audit_head",
             )
-        first, second = (other, head) if other.sequence < head.sequence else (head, other)
-        if first.at > second.at + SLACK_SECONDS:
+        if other.sequence > head.sequence and other.at < head.at:
             raise AuditLogForked(
-                f"audit log of the key service: went back from entry {second.sequence} to {first.sequence}: "
-                "it was cut, or restored from a backup",
+                f"audit log of the key service: went back from entry {other.sequence} to {head.sequence}: it was cut, "
+                "restored from a backup, or its clock was set back",
                 field="audit_head",
             )

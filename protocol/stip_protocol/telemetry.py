@@ -65,6 +65,9 @@ RELEASES = Metric(
     "stip_releases_total", "Key releases granted, by kind (bundle, grant, renewal)", ("keyservice",), ("kind",)
 )
 LEASE_AGE = Metric("stip_lease_age_seconds", "Age of the oldest lease in use", ("enclave", "gateway"))
+CONTROL_STREAM = Metric(
+    "stip_control_stream", "1 where the key service can end leases at once: its control stream is open", ("enclave",)
+)
 AUDIT_SEQUENCE = Metric("stip_audit_log_entries", "Entries in the audit log", ("keyservice",))
 DECISIONS = Metric(
     "stip_decisions_total",

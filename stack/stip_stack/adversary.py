@@ -187,7 +187,7 @@ class RawEnclave:
                 audience=AUDIENCE,
                 timeout=REPLY_SECONDS,
             )
-            return await releases.bundle(delegation, manifest.instance, self.published.digest, manifest.epoch, rows)
+            return await releases.bundle(delegation, manifest.instance, {manifest.epoch: self.published.digest}, rows)
 
     @asynccontextmanager
     async def link(self, key: UserKey, *, rows: int = 256) -> AsyncIterator[RawLink]:

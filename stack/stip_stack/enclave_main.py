@@ -6,6 +6,7 @@ production part can be talked into simulated evidence by an option.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -26,7 +27,8 @@ def main(config: Path, insecure_simulated_tee: Path, measurement: str) -> None:
     """Serve with simulated evidence. Protects nothing; for demos and tests."""
     try:
         provider = load_provider(insecure_simulated_tee, bytes.fromhex(measurement))
-        loop.run(run(load(EnclaveSettings, config), provider))
+        reread = partial(load, EnclaveSettings, config)
+        loop.run(run(reread(), provider, reread))
     except ConfigurationError as error:
         click.echo(f"stip-enclave (simulated): {error} ({error.action})", err=True)
         raise SystemExit(2) from None

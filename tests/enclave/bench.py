@@ -179,7 +179,7 @@ async def make_bench(
     limits = limits or Limits()
     telemetry = Telemetry("enclave", simulated=True)
     instance = Instance(toy.folder, toy.developer.public_key(), connect, limits, telemetry)
-    stack.push_async_callback(instance.stop)
+    stack.push_async_callback(instance.close)
     await instance.load(toy.grant)
     return Bench(toy, front, instance, limits, telemetry)
 

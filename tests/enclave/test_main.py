@@ -80,8 +80,9 @@ class Simulated:
 
 
 async def test_simulated_evidence_and_settings_must_agree(tmp_path: Path) -> None:
+    settings = load(EnclaveSettings, written(tmp_path, CONFIG))
     with pytest.raises(ConfigurationError, match="simulated"):
-        await run(load(EnclaveSettings, written(tmp_path, CONFIG)), Simulated())
+        await run(settings, Simulated(), lambda: settings)
 
 
 def test_without_sgx_the_program_says_so_and_exits_2(tmp_path: Path) -> None:

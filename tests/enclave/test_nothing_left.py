@@ -38,7 +38,8 @@ async def nothing_left(made: Any, accounts: list[LeaseAccount], talks: list[Talk
     for talk in talks:
         assert talk.session._timer is None
         assert not len(talk.session.history)
-        assert talk.session._decoding.travel.seat is None
+        assert not hasattr(talk.session, "_decoding")
+        assert not hasattr(talk.session, "_encoding")
     for link in made.instance.opened.links._links:
         assert not link._inbox.ports
         assert not link._outbox._behind

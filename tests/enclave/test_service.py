@@ -156,7 +156,7 @@ def signed_lease(started: Any, key: Ed25519PrivateKey, **changes: Any) -> bytes:
 async def leased(started: Any) -> Bundle:
     delegation = started.delegate(started.person(secrets.token_hex(4)))
     manifest = started.protected.manifest
-    return await started.releases.bundle(delegation, manifest.instance, started.protected.digest, manifest.epoch, 10)
+    return await started.releases.bundle(delegation, manifest.instance, {manifest.epoch: started.protected.digest}, 10)
 
 
 FOREIGN: dict[str, Any] = {
@@ -190,10 +190,11 @@ async def test_a_lease_or_link_certificate_of_another_is_not_held(started: Any) 
 async def test_a_release_for_another_manifest_is_refused(started: Any) -> None:
     delegation = started.delegate(started.person("ada"))
     manifest = started.protected.manifest
-    for digest, epoch in ((bytes(32), manifest.epoch), (started.protected.digest, manifest.epoch + 1)):
+    epoch, digest = manifest.epoch, started.protected.digest
+    for held, code in (({epoch: bytes(32)}, "manifest_mismatch"), ({epoch + 1: digest}, "instance_refused")):
         with pytest.raises(StipError) as caught:
-            await started.releases.bundle(delegation, manifest.instance, digest, epoch, 10)
-        assert caught.value.code == "manifest_mismatch"
+            await started.releases.bundle(delegation, manifest.instance, held, 10)
+        assert caught.value.code == code
 
 
 async def test_a_renewal_raises_the_serial_of_the_same_handle(started: Any) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import secrets
 import shutil
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 import grpc.aio
 import numpy as np
 import torch
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -281,7 +281,8 @@ class World:
 
     def operator_certificate(self) -> bytes:
         """DER of a certificate over a key that is not the enclave's."""
-        return ssl.PEM_cert_to_DER_cert(self.operator.issue("other").certificate.decode())
+        (certificate, *_) = x509.load_pem_x509_certificates(self.operator.issue("other").certificate)
+        return certificate.public_bytes(Encoding.DER)
 
     async def _start_keyservice(self) -> str:
         home = self.developer.home
@@ -382,11 +383,9 @@ class World:
             audience=AUDIENCE,
             timeout=10,
         )
-        accounts = Accounts(self.releases, self.limits, self.telemetry)
-        self._stack.push_async_callback(accounts.stop)
-        self.service = EnclaveService(
-            self.identity, self.provider, self.instances, accounts, self.limits, self.telemetry
-        )
+        self.accounts = Accounts(self.releases, self.instances, self.limits, self.telemetry)
+        self._stack.push_async_callback(self.accounts.stop)
+        self.service = EnclaveService(self.identity, self.provider, self.accounts, self.limits, self.telemetry)
         server = grpc.aio.server(interceptors=[rpc.ErrorInterceptor(lambda error: None)], options=rpc.SERVER_OPTIONS)
         enclave_pb2_grpc.add_EnclaveServicer_to_server(self.service, server)
         credentials = rpc.server_credentials(
