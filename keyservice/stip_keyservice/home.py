@@ -6,13 +6,14 @@
     link-ca.key/.pem     P-256 authority of link certificates
     tls-ca.key/.pem      P-256 authority of the key service's own server certificate
     tls.key/.pem         server certificate and its issuer
-    storage.key          32 bytes, encrypts grants at rest
-    state.db             the store
+    root.key             the root key, 32 bytes, where nothing better keeps it
+    home.toml            where the database is, and what keeps the root key (`stip_keyservice.rootkey.settings`)
+    state.db             the store, where it is SQLite
 
 The folder has mode 0700, its files 0600. What is missing is made on first use: each file appears whole or not
 at all, and a lock keeps two processes from making two keys. Nothing that exists is ever replaced, except a
-server certificate of our own authority that runs out. Private keys are PKCS #8 PEM, public keys
-SubjectPublicKeyInfo PEM.
+server certificate of our own authority that runs out. Private keys are PKCS #8 PEM wrapped under the root key
+(`stip_keyservice.rootkey.files`), public keys SubjectPublicKeyInfo PEM.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar, cast
 
@@ -38,14 +38,17 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from sqlalchemy import URL, make_url
 
 from stip_keyservice.certificates import issue_server_certificate, usable
+from stip_keyservice.rootkey import files, providers, settings
+from stip_keyservice.rootkey.ring import SoftwareRoot
+from stip_keyservice.rootkey.settings import HomeSettings, write_private
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime.authority import Authority, TlsIdentity, generate_key, make_authority
 
 HOME_VARIABLE = "STIP_KEYSERVICE_HOME"
 DEFAULT_HOME = Path("~/.stip/keyservice")
-STORAGE_KEY_BYTES = 32
 FILE_LIMIT = 1 << 20
 """Bytes of the largest key or certificate file read."""
 
@@ -62,7 +65,9 @@ class Home:
     sealing: X25519PrivateKey
     link_ca: Authority
     tls_ca: Authority
-    storage_key: bytes
+    root: SoftwareRoot = field(repr=False)
+    """The root key, which wraps the keys above and the database's data keys."""
+    settings: HomeSettings = field(repr=False)
 
     @classmethod
     def open(cls, path: Path | None = None) -> Self:
@@ -71,19 +76,22 @@ class Home:
         Raises `ConfigurationError` where the folder or a file is open to others, cannot be read or written, or
         holds something else than its name says.
         """
-        path = (path or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)).expanduser().absolute()
+        path = locate(path)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_private(path)
-            with _locked(path):
+            with locked(path):
+                configured = settings.load(path)
+                root = _root(path, configured)
                 return cls(
                     path=path,
-                    developer=_pair(path, "developer", Ed25519PrivateKey, Ed25519PrivateKey.generate),
-                    service=_pair(path, "service", Ed25519PrivateKey, Ed25519PrivateKey.generate),
-                    sealing=_pair(path, "sealing", X25519PrivateKey, X25519PrivateKey.generate),
-                    link_ca=_authority(path, "link-ca", "STIP link authority"),
-                    tls_ca=_authority(path, "tls-ca", "STIP key service authority"),
-                    storage_key=_storage_key(path / "storage.key"),
+                    developer=_pair(path, root, "developer", Ed25519PrivateKey, Ed25519PrivateKey.generate),
+                    service=_pair(path, root, "service", Ed25519PrivateKey, Ed25519PrivateKey.generate),
+                    sealing=_pair(path, root, "sealing", X25519PrivateKey, X25519PrivateKey.generate),
+                    link_ca=_authority(path, root, "link-ca", "STIP link authority"),
+                    tls_ca=_authority(path, root, "tls-ca", "STIP key service authority"),
+                    root=root,
+                    settings=configured,
                 )
         except OSError as error:
             raise ConfigurationError(f"home {path}: {error.strerror}", field="home") from None
@@ -92,9 +100,15 @@ class Home:
         return f"Home(path={str(self.path)!r})"
 
     @property
-    def database(self) -> Path:
-        """Where the store lies."""
-        return self.path / "state.db"
+    def database(self) -> Path | URL:
+        """Where the store is: a file, or the URL of a PostgreSQL database."""
+        return database_of(self.path, self.settings)
+
+    @property
+    def password_file(self) -> Path | None:
+        """Where the database user's password is."""
+        configured = self.settings.database
+        return None if configured is None or configured.password_file is None else self.path / configured.password_file
 
     def tls(self, dns_name: str) -> TlsIdentity:
         """The server certificate of the key service under `dns_name` (or an IP address).
@@ -104,45 +118,71 @@ class Home:
         """
         key_path, chain_path = self.path / "tls.key", self.path / "tls.pem"
         try:
-            with _locked(self.path):
-                key = _private(key_path, ec.EllipticCurvePrivateKey, generate_key)
+            with locked(self.path):
+                key = _private(key_path, self._present_root(), ec.EllipticCurvePrivateKey, generate_key)
                 if chain_path.exists():
                     chain = _load(chain_path)
                     if usable(chain, key, self.tls_ca, dns_name):
                         return TlsIdentity(_pem(key), chain)
                 chain = issue_server_certificate(self.tls_ca, key, dns_name)
-                _store(chain_path, chain)
+                write_private(chain_path, chain)
                 return TlsIdentity(_pem(key), chain)
         except OSError as error:
             raise ConfigurationError(f"home {self.path}: {error.strerror}", field="home") from None
+
+    def _present_root(self) -> SoftwareRoot:
+        """The root key that new files are wrapped under, though another process rewrapped the home meanwhile."""
+        configured = settings.load(self.path)
+        identity = configured.root_key.id
+        if identity is None or bytes.fromhex(identity) == self.root.id:
+            return self.root
+        return providers.open_ring(self.path, configured)
+
+
+def locate(path: Path | None) -> Path:
+    """Where a home is: `path`, `$STIP_KEYSERVICE_HOME` or `~/.stip/keyservice`."""
+    return (path or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)).expanduser().absolute()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is the home of a key service that was used or made deliberately."""
+    return (path / "state.db").is_file() or (path / settings.NAME).is_file()
+
+
+def database_of(path: Path, configured: HomeSettings) -> Path | URL:
+    """Where the database of the home at `path` is."""
+    return path / "state.db" if configured.database is None else make_url(configured.database.url)
+
+
+def _root(path: Path, configured: HomeSettings) -> SoftwareRoot:
+    """The root key; made where this is a new home, or one from before there were root keys."""
+    chosen = configured.root_key
+    wrapped = any(not files.is_plain(_load(file)) for file in files.present(path))
+    if chosen.kind == "file" and chosen.id is None and not wrapped and not (path / chosen.path).exists():
+        providers.keep(chosen, path, providers.new_root_key())
+    return providers.open_ring(path, configured)
 
 
 def _pem(key: PrivateKeyTypes) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _pair(path: Path, name: str, kind: type, generate: Callable[[], K]) -> K:
-    key = _private(path / f"{name}.key", kind, generate)
+def _pair(path: Path, root: SoftwareRoot, name: str, kind: type, generate: Callable[[], K]) -> K:
+    key = _private(path / f"{name}.key", root, kind, generate)
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     if _made(path / f"{name}.pub", lambda: public) != public:
         raise ConfigurationError.because(f"{name}.pub", "another key", f"the public key of {name}.key")
     return key
 
 
-def _authority(path: Path, name: str, subject: str) -> Authority:
-    key = _private(path / f"{name}.key", ec.EllipticCurvePrivateKey, generate_key)
+def _authority(path: Path, root: SoftwareRoot, name: str, subject: str) -> Authority:
+    key = _private(path / f"{name}.key", root, ec.EllipticCurvePrivateKey, generate_key)
     return Authority.load(key, _made(path / f"{name}.pem", lambda: make_authority(key, subject)), f"{name}.pem")
 
 
-def _storage_key(path: Path) -> bytes:
-    key = _made(path, lambda: secrets.token_bytes(STORAGE_KEY_BYTES))
-    if len(key) != STORAGE_KEY_BYTES:
-        raise ConfigurationError.because(path.name, f"{len(key)} bytes", f"{STORAGE_KEY_BYTES} bytes")
-    return key
-
-
-def _private(path: Path, kind: type, generate: Callable[[], K]) -> K:
-    data = _made(path, lambda: _pem(generate()))
+def _private(path: Path, root: SoftwareRoot, kind: type, generate: Callable[[], K]) -> K:
+    stored = _made(path, lambda: files.seal(root, path.name, _pem(generate())))
+    data = files.unseal(root, path.name, stored)
     try:
         key = load_pem_private_key(data, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -155,7 +195,7 @@ def _private(path: Path, kind: type, generate: Callable[[], K]) -> K:
 def _made(path: Path, make: Callable[[], bytes]) -> bytes:
     """The content of a file, which `make` gives where there is none."""
     if not path.exists():
-        _store(path, make())
+        write_private(path, make())
     return _load(path)
 
 
@@ -168,19 +208,6 @@ def _load(path: Path) -> bytes:
     return data
 
 
-def _store(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _require_private(path: Path) -> None:
     """Raise `ConfigurationError` where others may read or write."""
     mode = path.stat().st_mode & 0o777
@@ -189,7 +216,7 @@ def _require_private(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the home's lock, so that two processes never make the same file."""
     handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

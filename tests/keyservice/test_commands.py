@@ -131,7 +131,7 @@ async def test_no_secret_lands_in_logs_metrics_or_the_database(place: Place) -> 
         made.root,
         grant.part_key,
         grant.vocabulary_seed,
-        home.storage_key,
+        home.root.material(),
         bundle.user_key,
         bundle.cache_salt,
         home.service.private_bytes_raw(),

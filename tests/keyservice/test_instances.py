@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import select
 
 from stip_keyservice.home import Home
+from stip_keyservice.rootkey.ring import SoftwareRoot
 from stip_keyservice.service import instances, users
 from stip_keyservice.service.state.schema import data_keys, grants
 from stip_keyservice.service.state.store import Store
-from stip_keyservice.service.vault import SoftwareRoot, Vault, open_vault
+from stip_keyservice.service.vault import Vault, open_vault
 from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch, StipError
 from stip_protocol.leakage import REPORT_LIMIT
 from stip_protocol.manifest import SIGNING
@@ -207,7 +208,7 @@ def test_a_shredded_domain_takes_its_grants_along(made: MadeInstance, home: Home
 def test_secrets_stay_out_of_every_repr(made: MadeInstance, home: Home) -> None:
     inspected = inspect(made.directory, home)
     for shown in (repr(inspected), repr(home), repr(inspected.grant)):
-        for secret in (inspected.grant.part_key, home.storage_key, made.root):
+        for secret in (inspected.grant.part_key, home.root.material(), made.root):
             assert secret.hex() not in shown
             assert repr(secret)[2:-1] not in shown
     assert isinstance(inspected.grant, Grant)

@@ -23,13 +23,13 @@ from cryptography.hazmat.primitives.serialization import (
 
 from stip_keyservice.certificates import issue_server_certificate
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_protocol.errors import ConfigurationError
+from stip_protocol.errors import ConfigurationError, StipError
 from stip_protocol.runtime.authority import Authority, make_authority
 
 FILES = {
     *(f"{name}.{end}" for name in ("developer", "service", "sealing") for end in ("key", "pub")),
     *(f"{name}.{end}" for name in ("link-ca", "tls-ca") for end in ("key", "pem")),
-    "storage.key",
+    "root.key",
     ".lock",
 }
 
@@ -45,7 +45,7 @@ def test_a_first_use_makes_everything_private_and_a_second_finds_the_same(tmp_pa
     assert {path.stat().st_mode & 0o777 for path in first.path.iterdir()} == {0o600}
     second = Home.open(tmp_path / "deep" / "home")
     assert raw(second.developer) == raw(first.developer) != raw(first.service)
-    assert second.storage_key == first.storage_key
+    assert second.root.material() == first.root.material()
     assert second.link_ca.certificate == first.link_ca.certificate
     published = load_pem_public_key((first.path / "sealing.pub").read_bytes())
     assert published == first.sealing.public_key()
@@ -59,7 +59,7 @@ def test_the_environment_names_the_home(tmp_path: Path, monkeypatch: pytest.Monk
 def test_processes_that_open_a_new_home_at_once_agree_on_its_keys(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from stip_keyservice.home import Home;"
-        "print(Home.open(Path(sys.argv[1])).storage_key.hex())"
+        "print(Home.open(Path(sys.argv[1])).root.material().hex())"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "home")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
@@ -67,7 +67,7 @@ def test_processes_that_open_a_new_home_at_once_agree_on_its_keys(tmp_path: Path
     assert all(process.returncode == 0 for process in running)
 
 
-@pytest.mark.parametrize("name", ["", "developer.key", "storage.key", "sealing.pub"])
+@pytest.mark.parametrize("name", ["", "developer.key", "root.key", "sealing.pub"])
 def test_a_home_that_others_can_read_is_refused(tmp_path: Path, name: str) -> None:
     home = Home.open(tmp_path / "home")
     (home.path / name).chmod(0o755 if not name else 0o640)
@@ -79,8 +79,8 @@ def test_a_home_that_others_can_read_is_refused(tmp_path: Path, name: str) -> No
     ("name", "content", "says"),
     [
         ("developer.key", b"no key", "developer.key: got something else"),
-        ("sealing.key", None, "sealing.key: got .*Ed25519.*allowed: X25519PrivateKey"),
-        ("storage.key", bytes(31), "storage.key: got 31 bytes, allowed: 32 bytes"),
+        ("sealing.key", None, "sealing.key: altered, another file, or under another root key"),
+        ("root.key", bytes(31), "root.key: got 31 bytes, allowed: 32 bytes"),
         ("service.pub", b"another", "service.pub: got another key"),
         ("link-ca.pem", b"no certificate", "link-ca.pem: got something else"),
         ("developer.key", bytes((1 << 20) + 1), "at most 1048576 bytes"),
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(
 ) -> None:
     home = Home.open(tmp_path / "home")
     (home.path / name).write_bytes((home.path / "service.key").read_bytes() if content is None else content)
-    with pytest.raises(ConfigurationError, match=says):
+    with pytest.raises(StipError, match=says):
         Home.open(home.path)
 
 

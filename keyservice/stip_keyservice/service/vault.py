@@ -3,6 +3,9 @@
     root key ─wraps─▶ data key of a domain ─wraps─▶ data key of an epoch ─seals─▶ the grant, the canaries
              ─wraps─────────────────────────────▶ (of a shared instance)
 
+Which root key is the present one, the database says itself (`meta`, `root_key`): where another process rewrapped it, a
+replica that still holds the former key asks its home again, or refuses to make keys that nobody would open.
+
 A data key is 32 bytes; it and what it seals are AES-256-GCM (NIST SP 800-38D) with random nonces, bound by their
 associated data to the subject of the key and to the row they belong to: the database alone opens nothing, and a row
 moved elsewhere does not open either. Destroying a data key shreds everything below it, also in backups of the database
@@ -12,30 +15,21 @@ from before, as far as those are read with a root key that was rewrapped since.
 from __future__ import annotations
 
 import secrets
-from typing import Protocol
+from collections.abc import Sequence
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from stip_keyservice.home import Home
-from stip_keyservice.service.state.schema import data_keys
+from stip_keyservice.rootkey.envelope import KEY_BYTES, lock, unlock
+from stip_keyservice.rootkey.ring import RootKey, wrapped_under
+from stip_keyservice.service.state.schema import data_keys, meta
+from stip_keyservice.service.state.store import insert_into
 from stip_protocol import canonical
 from stip_protocol.errors import IntegrityError
 
-KEY_BYTES = 32
-_NONCE = 12
 _ID = 16
-
-
-class RootKey(Protocol):
-    """What wraps keys and never leaves where it is kept."""
-
-    def wrap(self, key: bytes, context: bytes) -> bytes:
-        """`key` encrypted and bound to `context`. Raises `ConfigurationError` where the root key cannot be used."""
-
-    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        """What was wrapped. Raises `IntegrityError` where it was altered, or wrapped by another root key."""
+_ROOT = "root_key"
+"""Where `meta` says under which root key the top-level data keys are, by its id."""
 
 
 class Vault:
@@ -51,7 +45,7 @@ class Vault:
         """A fresh data key; returns its id."""
         identity, key = secrets.token_bytes(_ID), secrets.token_bytes(KEY_BYTES)
         context = _key_context(identity, subject)
-        wrapped = self._root.wrap(key, context) if parent is None else _lock(self._key(db, parent), key, context)
+        wrapped = self._top(db).wrap(key, context) if parent is None else lock(self._key(db, parent), key, context)
         db.execute(insert(data_keys).values(id=identity, subject=subject, parent=parent, wrapped=wrapped, made_at=now))
         return identity
 
@@ -65,13 +59,73 @@ class Vault:
         present = data_keys.c.id == identity, data_keys.c.destroyed_at.is_(None)
         db.execute(update(data_keys).where(*present).values(wrapped=None, destroyed_at=now))
 
+    def rewrap(self, db: Connection, root: RootKey) -> int:
+        """Put every top-level data key under another root key, and say so in the database; returns how many moved.
+
+        Data keys below those stay as they are. In one transaction: there is no moment at which some have moved.
+        """
+        moved = [row for row in self._tops(db) if wrapped_under(row.wrapped) != root.id]
+        for row in moved:
+            context = _key_context(row.id, row.subject)
+            wrapped = root.wrap(self._root.unwrap(row.wrapped, context), context)
+            db.execute(update(data_keys).where(data_keys.c.id == row.id).values(wrapped=wrapped))
+        self._say(db, root.id)
+        return len(moved)
+
+    def require_under(self, db: Connection, identity: bytes) -> None:
+        """Raises `IntegrityError` where a top-level data key is under another root key than that."""
+        strays = sum(wrapped_under(row.wrapped) != identity for row in self._tops(db))
+        if strays:
+            raise IntegrityError(f"state: {strays} data keys are under another root key")
+
+    def everything(self, db: Connection) -> Sequence[Row[tuple[object, ...]]]:
+        """The data keys that were not destroyed."""
+        return db.execute(select(data_keys).where(data_keys.c.destroyed_at.is_(None))).all()
+
+    def try_key(self, db: Connection, identity: bytes) -> None:
+        """Raises `IntegrityError` where a data key does not open."""
+        self._key(db, identity)
+
+    def _tops(self, db: Connection) -> list[Row[tuple[object, ...]]]:
+        return [row for row in self.everything(db) if row.parent is None]
+
+    def _top(self, db: Connection) -> RootKey:
+        """The root key for new top-level data keys: the one that the database is under."""
+        said = db.execute(select(meta.c.value).where(meta.c.key == _ROOT)).scalar()
+        if said is None:
+            self._say(db, self._root.id)
+            return self._root
+        return self._root.under(bytes.fromhex(said))
+
+    def _say(self, db: Connection, identity: bytes) -> None:
+        stored = insert_into(db, meta).values(key=_ROOT, value=identity.hex())
+        db.execute(stored.on_conflict_do_update(index_elements=["key"], set_={"value": stored.excluded.value}))
+
+    def replace(self, db: Connection, identity: bytes, *, now: int) -> None:
+        """Put what a data key wraps under a fresh one of the same subject, and destroy it.
+
+        A child that was destroyed stays so for whoever has a copy of its row from before and all that is here now.
+        """
+        old = self._key(db, identity)
+        subject, parent = db.execute(
+            select(data_keys.c.subject, data_keys.c.parent).where(data_keys.c.id == identity)
+        ).one()
+        self.destroy(db, identity, now=now)
+        fresh = self.make(db, subject, parent=parent, now=now)
+        for child in self.everything(db):
+            if child.parent == identity:
+                context = _key_context(child.id, child.subject)
+                key = unlock(old, child.wrapped, context, "data key")
+                moved = {"parent": fresh, "wrapped": lock(self._key(db, fresh), key, context)}
+                db.execute(update(data_keys).where(data_keys.c.id == child.id).values(**moved))
+
     def seal(self, db: Connection, identity: bytes, plain: bytes, row: list[object]) -> bytes:
         """nonce ‖ ciphertext ‖ tag under a data key, bound to `row`: what names the place it is stored in."""
-        return _lock(self._key(db, identity), plain, canonical.encode(["stip/at-rest", *row]))
+        return lock(self._key(db, identity), plain, canonical.encode(["stip/at-rest", *row]))
 
     def open(self, db: Connection, identity: bytes, sealed: bytes, row: list[object]) -> bytes:
         """What was sealed. Raises `IntegrityError` where it was altered, moved, or its key destroyed."""
-        return _unlock(self._key(db, identity), sealed, canonical.encode(["stip/at-rest", *row]), f"stored {row[0]}")
+        return unlock(self._key(db, identity), sealed, canonical.encode(["stip/at-rest", *row]), f"stored {row[0]}")
 
     def _key(self, db: Connection, identity: bytes) -> bytes:
         row = db.execute(select(data_keys).where(data_keys.c.id == identity)).one_or_none()
@@ -80,42 +134,13 @@ class Vault:
         context = _key_context(identity, row.subject)
         if row.parent is None:
             return self._root.unwrap(row.wrapped, context)
-        return _unlock(self._key(db, row.parent), row.wrapped, context, "data key")
+        return unlock(self._key(db, row.parent), row.wrapped, context, "data key")
 
 
 def open_vault(home: Home) -> Vault:
     """The vault of a home, under the root key that the home has."""
-    return Vault(SoftwareRoot(home.storage_key))
-
-
-class SoftwareRoot:
-    """A root key that this process holds: 32 bytes."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def __repr__(self) -> str:
-        return "SoftwareRoot()"
-
-    def wrap(self, key: bytes, context: bytes) -> bytes:
-        return _lock(self._key, key, context)
-
-    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        return _unlock(self._key, wrapped, context, "wrapped key")
+    return Vault(home.root)
 
 
 def _key_context(identity: bytes, subject: str) -> bytes:
     return canonical.encode(["stip/data-key", identity, subject])
-
-
-def _lock(key: bytes, plain: bytes, context: bytes) -> bytes:
-    """Nonces are random: under one key there are far fewer than 2³² of them."""
-    nonce = secrets.token_bytes(_NONCE)
-    return nonce + AESGCM(key).encrypt(nonce, plain, context)
-
-
-def _unlock(key: bytes, sealed: bytes, context: bytes, what: str) -> bytes:
-    try:
-        return AESGCM(key).decrypt(sealed[:_NONCE], sealed[_NONCE:], context)
-    except (InvalidTag, ValueError):  # ValueError: too short to hold a nonce
-        raise IntegrityError(f"{what}: altered, moved, or under another key") from None

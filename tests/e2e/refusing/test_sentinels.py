@@ -107,7 +107,7 @@ def record(refusing: System) -> Record:
 
 def key_bytes(home: Home) -> Iterator[tuple[str, bytes]]:
     """The private keys of a key service's home."""
-    yield "storage key", home.storage_key
+    yield "root key", home.root.material()
     for name in ("developer", "service", "sealing"):
         yield f"{name} key", getattr(home, name).private_bytes_raw()
     for name, ec_key in (("link CA key", home.link_ca.key), ("TLS CA key", home.tls_ca.key)):
