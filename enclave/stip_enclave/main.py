@@ -23,6 +23,7 @@ from stip_protocol.attestation.evidence import EvidenceProvider
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
+from stip_protocol.runtime.probes import Check
 from stip_protocol.runtime.rereading import on_hangup
 from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
@@ -44,6 +45,7 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider, reread: Cal
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     telemetry = Telemetry("enclave", simulated=provider.simulated)
+    evidence_ends = time.time() + settings.certificate_hours * 3600
     identity = await asyncio.to_thread(
         EnclaveIdentity.create,
         provider,
@@ -96,7 +98,8 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider, reread: Cal
     for task, what in zip(tasks, background, strict=True):
         leave_with(task, what)
     try:
-        await serve(settings.serving, telemetry, credentials, register, service.drain)
+        evidence = Check("evidence", lambda: None if time.time() < evidence_ends else "its certificate has run out")
+        await serve(settings.serving, telemetry, credentials, register, service.drain, ready=[evidence])
     finally:
         for task in tasks:
             task.cancel()

@@ -9,6 +9,7 @@ import structlog
 from stip_protocol.rpc import server_credentials
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
+from stip_protocol.runtime.probes import Check
 from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
 from stip_server.config import ServerSettings
@@ -34,7 +35,8 @@ async def run(settings: ServerSettings) -> None:
     pump = asyncio.create_task(service.pump())
     leave_with(pump, "engine")
     try:
-        await serve(settings.serving, telemetry, credentials, service.register, service.drain)
+        loaded = Check("model", lambda: "the engine has stopped" if pump.done() else None)
+        await serve(settings.serving, telemetry, credentials, service.register, service.drain, ready=[loaded])
     finally:
         await engine.stop()
         await pump

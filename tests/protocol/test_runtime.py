@@ -201,7 +201,7 @@ def declared() -> list[Metric]:
 def test_every_metric_follows_the_conventions_and_has_no_label_for_a_person() -> None:
     for metric in declared():
         assert metric.name.startswith("stip_")
-        assert set(metric.labels) <= {"stage", "code", "kind", "direction"}
+        assert set(metric.labels) <= {"stage", "code", "kind", "direction", "event", "check", "result"}
     for stage, (part, _) in telemetry.STAGES.items():
         made = Telemetry(part, simulated=False)
         made.stage(stage).observe(0.001)

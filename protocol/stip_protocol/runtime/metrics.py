@@ -1,17 +1,19 @@
-"""`/metrics` and `/healthz` over HTTP, served from snapshots."""
+"""`/metrics` from snapshots, and the probes `/livez`, `/readyz`, `/startupz` and `/healthz`, over HTTP."""
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from stip_protocol.runtime.logs import fault
+from stip_protocol.runtime.probes import Answer
 
 
 class _Snapshots:
@@ -41,12 +43,21 @@ class MetricsServer:
     """A small HTTP server in a thread of its own.
 
     `/metrics` repeats one snapshot for `snapshot_seconds`, so that no scraper can time single tokens;
-    `/healthz` says 200 while `healthy()` holds and 503 otherwise.
+    `/healthz` says 200 while `healthy()` holds and 503 otherwise. `probes` by path answer with 200 or 503 and a JSON
+    document that names each check, and why one fails.
     """
 
     def __init__(
-        self, host: str, port: int, registry: CollectorRegistry, healthy: Callable[[], bool], *, snapshot_seconds: float
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        healthy: Callable[[], bool],
+        *,
+        snapshot_seconds: float,
+        probes: Mapping[str, Callable[[], Answer]] | None = None,
     ) -> None:
+        asked = probes or {}
         snapshots = _Snapshots(registry, snapshot_seconds)
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,6 +70,10 @@ class MetricsServer:
                 elif path == "/healthz":
                     good = healthy()
                     self._answer(200 if good else 503, "text/plain", b"ok\n" if good else b"not serving\n")
+                elif path in asked:
+                    answer = asked[path]()
+                    body = json.dumps(answer.document()).encode() + b"\n"
+                    self._answer(200 if answer.good else 503, "application/json", body)
                 else:
                     self._answer(404, "text/plain", b"not found\n")
 
