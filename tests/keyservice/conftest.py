@@ -231,6 +231,7 @@ class World:
     stub: Any
     folder: Path
     servicer: KeyServiceServicer
+    port: int
 
     def person(self, name: str, *, budget: int = 10_000) -> Person:
         person = Person(name)
@@ -334,33 +335,46 @@ def place(tmp_path: Path) -> Place:
 Serve = Callable[..., Any]
 
 
+@asynccontextmanager
+async def served(
+    folder: Path,
+    platform: SimulatedPlatform,
+    policy_tables: dict[str, Any],
+    clock: Clock | None = None,
+    *,
+    limits: dict[str, Any] | None = None,
+) -> AsyncIterator[World]:
+    """A key service over the home and the database in `folder`, new or there already."""
+    home = Home.open(folder / "home")
+    store = Store(home.database)
+    policy = Policy.model_validate(policy_tables)
+    telemetry = Telemetry("keyservice", simulated=True)
+    clock = clock or Clock()
+    issuer = Issuer(home, store, policy, telemetry, root_der=platform.root_der, clock=clock)
+    servicer = KeyServiceServicer(issuer, Limits.model_validate(limits or {}))
+    server = grpc.aio.server(
+        interceptors=[rpc.ErrorInterceptor(lambda error: telemetry.refused(getattr(error, "code", "internal")))],
+        options=rpc.SERVER_OPTIONS,
+    )
+    keyservice_pb2_grpc.add_KeyServiceServicer_to_server(servicer, server)
+    tls = home.tls("localhost")
+    port = server.add_secure_port("127.0.0.1:0", rpc.server_credentials(tls.chain, tls.private_key, client_ca=None))
+    await server.start()
+    async with rpc.channel(f"127.0.0.1:{port}", roots=home.tls_ca.pem, server_name="localhost") as channel:
+        stub = keyservice_pb2_grpc.KeyServiceStub(channel)
+        vault = open_vault(home)
+        yield World(home, store, vault, policy, platform, clock, telemetry, stub, folder, servicer, port)
+    await servicer.drain()
+    await server.stop(grace=0)
+    store.close()
+
+
 @pytest.fixture
 def serve(tmp_path: Path, platform: SimulatedPlatform, policy_tables: dict[str, Any]) -> Serve:
     """Opens the same home and database again each time: a second replica, or a restart."""
 
-    @asynccontextmanager
-    async def opened(clock: Clock | None = None, *, rates: dict[str, Any] | None = None) -> AsyncIterator[World]:
-        home = Home.open(tmp_path / "home")
-        store = Store(home.database)
-        policy = Policy.model_validate(policy_tables)
-        telemetry = Telemetry("keyservice", simulated=True)
-        clock = clock or Clock()
-        issuer = Issuer(home, store, policy, telemetry, root_der=platform.root_der, clock=clock)
-        servicer = KeyServiceServicer(issuer, Limits.model_validate({"rates": rates or {}}))
-        server = grpc.aio.server(
-            interceptors=[rpc.ErrorInterceptor(lambda error: telemetry.refused(getattr(error, "code", "internal")))],
-            options=rpc.SERVER_OPTIONS,
-        )
-        keyservice_pb2_grpc.add_KeyServiceServicer_to_server(servicer, server)
-        tls = home.tls("localhost")
-        port = server.add_secure_port("127.0.0.1:0", rpc.server_credentials(tls.chain, tls.private_key, client_ca=None))
-        await server.start()
-        async with rpc.channel(f"127.0.0.1:{port}", roots=home.tls_ca.pem, server_name="localhost") as channel:
-            stub = keyservice_pb2_grpc.KeyServiceStub(channel)
-            yield World(home, store, open_vault(home), policy, platform, clock, telemetry, stub, tmp_path, servicer)
-        await servicer.drain()
-        await server.stop(grace=0)
-        store.close()
+    def opened(clock: Clock | None = None, *, rates: dict[str, Any] | None = None) -> Any:
+        return served(tmp_path, platform, policy_tables, clock, limits={"rates": rates or {}})
 
     return opened
 
