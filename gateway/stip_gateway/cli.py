@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ main.add_command(tls)
     help="gateway.toml; see docs/operate.md.",
 )
 def serve(config: Path) -> None:
-    """Serve until SIGTERM, then drain.
+    """Serve until SIGTERM, then drain. SIGHUP reads the routing table again, and nothing else of the file.
 
     Prints one JSON line with the addresses once it listens. Exits 2 where the configuration cannot be used.
     """
-    loop.run(run(load(GatewaySettings, config)))
+    reread = partial(load, GatewaySettings, config)
+    loop.run(run(reread(), reread))

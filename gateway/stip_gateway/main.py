@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Awaitable, Callable
 
 import grpc.aio
 import structlog
@@ -15,13 +15,18 @@ from stip_gateway.service import GatewayService
 from stip_protocol import rpc
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.files import read_ed25519, read_file
+from stip_protocol.runtime.probes import Check
+from stip_protocol.runtime.rereading import on_hangup
 from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import model_pb2_grpc
 
 
-async def run(settings: GatewaySettings) -> None:
-    """Serve until SIGTERM. Raises `ConfigurationError` where a file cannot be used."""
+async def run(settings: GatewaySettings, reread: Callable[[], GatewaySettings]) -> None:
+    """Serve until SIGTERM. On SIGHUP, take the routing table that `reread` gives.
+
+    Raises `ConfigurationError` where a file cannot be used.
+    """
     logs.configure("gateway", simulated=settings.simulated, level=settings.serving.log_level)
     if settings.simulated:
         structlog.get_logger().warning("simulated evidence is accepted upstream: nothing is protected")
@@ -46,12 +51,22 @@ async def run(settings: GatewaySettings) -> None:
     def register(server: grpc.aio.Server) -> None:
         model_pb2_grpc.add_ModelServicer_to_server(service, server)
 
-    refreshing = asyncio.create_task(replicas.refresh())
-    leave_with(refreshing, "routing table")
+    def take(wanted: GatewaySettings) -> Awaitable[None]:
+        return service.reread(wanted.replicas)
+
+    background = {
+        "routing table": replicas.refresh(),
+        "rereading": on_hangup(settings, reread, "replicas", take),
+    }
+    tasks = [asyncio.create_task(work) for work in background.values()]
+    for task, what in zip(tasks, background, strict=True):
+        leave_with(task, what)
     try:
-        await serve(settings.serving, telemetry, credentials, register, service.drain)
+        answers = Check("replicas", lambda: None if replicas.answering() else "no replica answers")
+        await serve(settings.serving, telemetry, credentials, register, service.drain, ready=[answers])
     finally:
-        refreshing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await refreshing
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await service.stop()
         await replicas.close()

@@ -96,12 +96,20 @@ class Replicas:
     ) -> None:
         """`clock`: seconds, for how long a replica drains."""
         self._limits, self._clock = limits, clock
-        self._replicas = [
-            Replica(row, channel(row.address, roots=roots, identity=identity, server_name=row.server_name))
-            for row in table
-        ]
+        self._roots, self._identity = roots, identity
+        self._replicas = [self._replica(row) for row in table]
         self._ask_again = asyncio.Event()
         self._asking: dict[Replica, asyncio.Task[None]] = {}
+
+    def reread(self, table: Sequence[ReplicaSettings]) -> list[Replica]:
+        """Take another table: what stands in both stays as it is, and what is new is asked at once.
+
+        Returns what left it: no new link goes there, and its channel is the caller's to close.
+        """
+        kept = {replica.settings: replica for replica in self._replicas}
+        self._replicas = [kept.pop(row) if row in kept else self._replica(row) for row in table]
+        self._ask_again.set()
+        return list(kept.values())
 
     async def choose(self, instance: str, epoch: int, name: str | None) -> Replica:
         """The least loaded replica that holds the instance epoch, answers and does not drain; `name` asks for one.
@@ -124,6 +132,10 @@ class Replicas:
     def names(self, instance: str, epoch: int) -> list[str]:
         """The replicas of an instance epoch that answer and do not drain."""
         return [each.settings.name for each in self._holding(instance, epoch) if self._takes_links(each)]
+
+    def routes(self, replica: Replica) -> bool:
+        """Whether it still stands in the table."""
+        return replica in self._replicas
 
     def answering(self) -> int:
         return sum(replica.card is not None for replica in self._replicas)
@@ -149,7 +161,7 @@ class Replicas:
         """Describe every replica again, for ever."""
         while True:
             self._ask_again.clear()
-            await asyncio.gather(*(self._try(replica) for replica in self._replicas))
+            await asyncio.gather(*(self._try(replica) for replica in list(self._replicas)))
             try:
                 async with asyncio.timeout(self._limits.refresh_seconds):
                     await self._ask_again.wait()
@@ -160,6 +172,10 @@ class Replicas:
         for task in self._asking.values():
             task.cancel()
         await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
+
+    def _replica(self, row: ReplicaSettings) -> Replica:
+        opened = channel(row.address, roots=self._roots, identity=self._identity, server_name=row.server_name)
+        return Replica(row, opened)
 
     def _holding(self, instance: str, epoch: int) -> list[Replica]:
         wanted = (instance, epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from stip_gateway.admission import Admission, overloaded
-from stip_gateway.config import Limits
+from stip_gateway.config import Limits, ReplicaSettings
 from stip_gateway.link import LinkSessions, Passed
 from stip_gateway.relay import Notes, Relay
 from stip_gateway.replicas import Replica, Replicas
@@ -24,6 +25,8 @@ from stip_protocol.telemetry import LEASE_AGE, LINKS, REPLICAS, ROWS, SESSIONS, 
 from stip_protocol.wire import model_pb2, model_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+PARTING_SECONDS = 0.2
+"""How often a replica that left the table is looked at: whether its last session has ended."""
 
 
 class GatewayService(model_pb2_grpc.ModelServicer):
@@ -43,8 +46,10 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         self._drain_seconds = drain_seconds
         self._links: dict[Relay, int] = {}
         """With the sessions that are counted of each."""
+        self._routes: dict[Relay, Replica] = {}
         self._enclaves: Counter[bytes] = Counter()
         """Links by the key of their certificate."""
+        self._parting: set[asyncio.Task[None]] = set()
         self._draining = False
         self._sessions = 0
         self._quiet = asyncio.Event()
@@ -92,7 +97,9 @@ class GatewayService(model_pb2_grpc.ModelServicer):
             )
         )
         relay = Relay(link, context, call, self._notes(replica))
-        self._links[relay] = 0
+        self._links[relay], self._routes[relay] = 0, replica
+        if not self._replicas.routes(replica):  # it left the table while it was asked
+            self._drain(relay)
         self._enclaves[link_key] += 1
         replica.links += 1
         log = structlog.get_logger().bind(replica=replica.settings.name)
@@ -107,7 +114,7 @@ class GatewayService(model_pb2_grpc.ModelServicer):
             raise
         finally:
             self._count(replica, relay, 0)
-            del self._links[relay]
+            del self._links[relay], self._routes[relay]
             self._enclaves[link_key] -= 1
             if not self._enclaves[link_key]:
                 del self._enclaves[link_key]
@@ -118,11 +125,50 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         """Take nothing new, tell every link, and end the links once their last session has ended."""
         self._draining = True
         for relay in self._links:
-            relay.link.draining = True
-            relay.announce(model_pb2.Down(drain=model_pb2.Drain(seconds=round(self._drain_seconds))))
+            self._drain(relay)
         await self._quiet.wait()
         for relay in self._links:
             relay.end()
+
+    async def reread(self, table: Sequence[ReplicaSettings]) -> None:
+        """Take another routing table. Links to replicas that left it take no more sessions, and end in the background:
+        with their last session, after `drain_seconds` at the latest.
+        """
+        for replica in self._replicas.reread(table):
+            structlog.get_logger().info("replica leaves", replica=replica.settings.name, links=replica.links)
+            task = asyncio.create_task(self._part_with(replica))
+            self._parting.add(task)
+            task.add_done_callback(self._parting.discard)
+
+    async def stop(self) -> None:
+        """Part with replicas that left the table at once."""
+        for task in self._parting:
+            task.cancel()
+        await asyncio.gather(*self._parting, return_exceptions=True)
+
+    async def _part_with(self, replica: Replica) -> None:
+        try:
+            for relay in self._links_to(replica):
+                self._drain(relay)
+            until = asyncio.get_running_loop().time() + self._drain_seconds
+            while self._links_to(replica) and asyncio.get_running_loop().time() < until:
+                await asyncio.sleep(PARTING_SECONDS)  # first: what was announced has to leave before the link ends
+                for relay in self._links_to(replica):
+                    if not self._links[relay]:
+                        relay.end()
+            for relay in self._links_to(replica):
+                relay.end()
+        finally:
+            await replica.channel.close()
+
+    def _links_to(self, replica: Replica) -> list[Relay]:
+        return [relay for relay, route in self._routes.items() if route is replica]
+
+    def _drain(self, relay: Relay) -> None:
+        """Once in the life of a link."""
+        if not relay.link.draining:
+            relay.link.draining = True
+            relay.announce(model_pb2.Down(drain=model_pb2.Drain(seconds=round(self._drain_seconds))))
 
     def _require_room(self, link_key: bytes) -> None:
         if self._draining:

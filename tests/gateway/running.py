@@ -99,6 +99,8 @@ class Running:
     serve: Callable[[ScriptedReplica, int], Awaitable[tuple[grpc.aio.Server, int]]]
     now: list[float]
     """What the clock of drains says."""
+    rows: list[ReplicaSettings]
+    """The routing table as it was at first."""
     identity: Identity = field(default_factory=lambda: LINK_CA.issue("ab12"))
 
     @property
@@ -152,11 +154,12 @@ async def running_gateway(limits: Limits, replicas: int = 1) -> AsyncIterator[Ru
     scripts = [ScriptedReplica() for _ in range(replicas)]
     started = [await serve(script, 0) for script in scripts]
     now = [0.0]
+    rows = [
+        ReplicaSettings(name=f"r{number}", address=f"127.0.0.1:{port}", instance=INSTANCE, epoch=EPOCH)
+        for number, (_, port) in enumerate(started)
+    ]
     routes = Replicas(
-        [
-            ReplicaSettings(name=f"r{number}", address=f"127.0.0.1:{port}", instance=INSTANCE, epoch=EPOCH)
-            for number, (_, port) in enumerate(started)
-        ],
+        rows,
         roots=operator.pem,
         identity=(inner.certificate, inner.private_key),
         limits=limits,
@@ -168,7 +171,8 @@ async def running_gateway(limits: Limits, replicas: int = 1) -> AsyncIterator[Ru
     servers = [server for server, _ in started]
     async with AsyncExitStack() as stack:
         stack.push_async_callback(routes.close)
-        yield Running(service, routes, scripts, servers, f"127.0.0.1:{port}", operator, serve, now)
+        stack.push_async_callback(service.stop)
+        yield Running(service, routes, scripts, servers, f"127.0.0.1:{port}", operator, serve, now, rows)
         await gateway.stop(0)
         for server in servers:
             await server.stop(0)
