@@ -6,7 +6,8 @@ kind at its time, over all processes; the two modules say how.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,8 @@ class Store:
 
     def __init__(self, where: Path | URL, *, password_file: Path | None = None) -> None:
         self._backend = backend(where, password_file)
+        self.observe: Callable[[str, float], None] = lambda kind, seconds: None
+        """Told of every transaction: its kind (read, write), and how long it took with what it waited for."""
         try:
             with self.write() as db:
                 revisions.prepare(db)
@@ -68,13 +71,13 @@ class Store:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """One exclusive transaction: committed at the end, undone by an exception. Raises `Unavailable`."""
-        with available(self._backend), self._backend.write() as db:
+        with self._timed("write"), available(self._backend), self._backend.write() as db:
             yield db
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One consistent view. Raises `Unavailable`."""
-        with available(self._backend), self._backend.read() as db:
+        with self._timed("read"), available(self._backend), self._backend.read() as db:
             yield db
 
     def forget(self) -> str:
@@ -84,6 +87,14 @@ class Store:
 
     def close(self) -> None:
         self._backend.close()
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(kind, time.perf_counter() - began)
 
 
 def backend(where: Path | URL, password_file: Path | None = None) -> Backend:
