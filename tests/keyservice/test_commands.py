@@ -94,11 +94,12 @@ async def test_from_an_empty_folder_to_a_revoked_user(place: Place) -> None:
     assert events == [
         ("user_added", "granted"),
         ("instance_added", "granted"),
+        ("policy_loaded", "granted"),
         ("release", "granted"),
         ("user_removed", "granted"),
         ("release", "user_refused"),
     ]
-    assert place.call("audit-log", "verify", "--head", str(head))["entries"] == 5
+    assert place.call("audit-log", "verify", "--head", str(head))["entries"] == 6
     lines = [json.loads(line) for line in log]
     assert all(line["simulated"] is True and line["part"] == "keyservice" for line in lines)
     assert any("nothing is protected" in line["event"] for line in lines)

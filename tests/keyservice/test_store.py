@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from stip_keyservice.home import Home
 from stip_keyservice.service import budgets, users
 from stip_keyservice.service.auditlog import verify
+from stip_keyservice.service.policy import Budgets
 from stip_keyservice.service.state.store import Store
 from stip_protocol import rpc
 from stip_protocol.errors import ConfigurationError, StipError, VersionUnsupported
@@ -93,7 +94,7 @@ def test_the_table_itself_refuses_to_overspend(tmp_path: Path) -> None:
     store = Store(tmp_path / "state.db")
     with store.write() as db:
         user = users.add(db, "alice", bytes(32), budget=10, now=1)
-        assert budgets.debit(db, user.id, 7) == 7
+        assert budgets.debit(db, user.id, 7, Budgets(), now=1) == 7
     with pytest.raises(IntegrityError), store.write() as db:
         db.execute(text("UPDATE users SET spent = 11"))
     with store.read() as db:

@@ -26,8 +26,9 @@ from stip_keyservice.service.leases import LeaseRecord
 from stip_keyservice.service.linkca import issue_link_certificate, read_link_key
 from stip_keyservice.service.nonces import Nonces
 from stip_keyservice.service.policy import Policy
+from stip_keyservice.service.policy.loading import InForce
 from stip_keyservice.service.ratelimit import LinkKeys
-from stip_keyservice.service.release import Applicant, Request
+from stip_keyservice.service.release import Applicant, EnclaveFacts, Request
 from stip_keyservice.service.state.store import Store
 from stip_keyservice.service.vault import open_vault
 from stip_keyservice.service.watching import Change, Standing
@@ -35,10 +36,10 @@ from stip_protocol.documents import Signed
 from stip_protocol.errors import (
     FrameInvalid,
     InstanceRefused,
-    LeakageRefused,
     LeaseForeign,
     LeaseRevoked,
     NonceRefused,
+    ReleaseError,
     SignatureInvalid,
 )
 from stip_protocol.release import (
@@ -76,6 +77,7 @@ class Challenge:
 class _Issued:
     """What a granted release has to seal."""
 
+    in_force: InForce
     instance: Instance
     epoch: Epoch
     record: LeaseRecord | None
@@ -102,11 +104,10 @@ class Issuer:
     ) -> None:
         """`root_der` is the simulated root that a development policy pins; None in production. `refusals_in_full`: of
         one peer in a minute, see `strangers`."""
-        self._home, self._store, self._policy, self._telemetry = home, store, policy, telemetry
-        self._root_der = root_der
+        self._home, self._store, self._telemetry = home, store, telemetry
+        self._in_force = InForce(policy, policy.digest(), root_der)
         self._service = service_id(home.service.public_key())
         self._nonces, self._vault = Nonces(home.service), open_vault(home)
-        self._policy_digest = policy.digest()
         entries = telemetry.gauge(AUDIT_SEQUENCE)
         self._audit = AuditLog(
             store, home.service, observe=entries.set, decided=self._decided, refusals_in_full=refusals_in_full
@@ -116,9 +117,13 @@ class Issuer:
         entries.set(self._audit.length())
         self._audit.refresh()
 
+    def adopt(self, in_force: InForce) -> None:
+        """Decide by another policy from the next decision on; one that is under way ends by the one it began with."""
+        self._in_force = in_force
+
     def challenge(self) -> Challenge:
         """A fresh nonce. Raises `ClockRefused`; blocks only where the clock is behind (`clock.behind`)."""
-        seconds = self._policy.release.nonce_seconds
+        seconds = self._in_force.policy.release.nonce_seconds
         return Challenge(self._nonces.issue(now=self.clock.require(), seconds=seconds), seconds, self._service)
 
     def release(self, request: Request, *, peer: str | None = None) -> tuple[bytes, bytes]:
@@ -127,17 +132,18 @@ class Issuer:
         Raises what `release` and `nonces` raise, `ClockRefused`, `LeakageRefused` and `BudgetSpent`. The claims' nonce
         is spent in any case, in the one transaction that also holds the decision and its entry.
         """
-        claims = release.read_claims(request.claims)
+        claims, in_force = release.read_claims(request.claims), self._in_force
+        policy = in_force.policy
         trail = Trail("release", self.clock.reading(), {"kind": claims.kind, "instance": claims.instance}, peer)
         with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail.now)):
             trail.now = self.clock.require()
-            expires = self._nonces.require(claims.nonce, now=trail.now, seconds=self._policy.release.nonce_seconds)
+            expires = self._nonces.require(claims.nonce, now=trail.now, seconds=policy.release.nonce_seconds)
             with self._telemetry.stage("verify").time():
                 applicant = release.examine(
-                    request, claims, self._policy, service=self._service, root_der=self._root_der, now=trail.now
+                    request, claims, policy, service=self._service, root_der=in_force.root_der, now=trail.now
                 )
                 trail.subject["measurement"] = applicant.enclave.measurement
-            issued = self._issue(applicant, trail, expires)
+            issued = self._issue(applicant, in_force, trail, expires)
         if issued.record is not None:
             self.link_keys.note(issued.record.handle, issued.record.link_key)
         with self._telemetry.stage("seal").time():
@@ -149,7 +155,8 @@ class Issuer:
         """A signed `Renewal` for a heartbeat.
 
         Raises `SignatureInvalid` (not the lease's link key), `LeaseRevoked`, `UserRefused`, `InstanceRefused`,
-        `LeakageRefused`, and what `leases.find` and `leases.renew` raise.
+        what `leases.find` and `leases.renew` raise, and what `Policy.require_running` does: the policy of today
+        decides, not the one of the release.
         """
         _require_short(heartbeat=(heartbeat, HEARTBEAT_LIMIT), signature=(signature, SIGNATURE_LIMIT))
         handle = Heartbeat.from_bytes(heartbeat).handle
@@ -159,11 +166,12 @@ class Issuer:
             record = leases.find(db, handle)
             beat = open_heartbeat(heartbeat, signature, read_link_key(record.link_key))
             trail.subject |= {"user": record.user, "instance": record.instance, "epoch": record.epoch}
-            epoch = self._require_running(db, record, trail.now)
+            policy = self._in_force.policy
+            epoch = self._require_running(db, record, policy, trail.now)
             again = leases.answered(record, heartbeat)
             if again is not None:
                 return again
-            renewed, debited = leases.renew(db, record, beat, epoch, self._policy.lease, now=trail.now)
+            renewed, debited = leases.renew(db, record, beat, epoch, policy.lease, caps=policy.budgets, now=trail.now)
             trail.subject["tokens"] = debited
             head = self._audit.append(db, trail)
             renewal = self._renewal(renewed, epoch, beat, head, trail.now)
@@ -185,7 +193,8 @@ class Issuer:
         if not hmac.compare_digest(hashlib.sha256(link_key).digest(), asked.link_key):
             raise SignatureInvalid("watch: not signed by the link key that it names")
         now = self.clock.require()
-        expires = self._nonces.require(asked.nonce, now=now, seconds=self._policy.release.nonce_seconds)
+        seconds = self._in_force.policy.release.nonce_seconds
+        expires = self._nonces.require(asked.nonce, now=now, seconds=seconds)
         with self._store.write() as db:
             nonces.spend(db, asked.nonce, expires=expires, now=now)
             known = leases.known_link_key(db, asked.link_key)
@@ -195,8 +204,9 @@ class Issuer:
 
     def standings(self, link_keys: Collection[bytes]) -> Mapping[bytes, Standing]:
         """What there is to hear for watching link keys."""
+        grace = self._in_force.policy.lease.grace_seconds
         with self._store.read() as db:
-            return watching.standings(db, link_keys, now=self.clock.reading(), grace=self._policy.lease.grace_seconds)
+            return watching.standings(db, link_keys, now=self.clock.reading(), grace=grace)
 
     def notice(self, change: Change, nonce: bytes, sequence: int) -> bytes:
         """The signed `Notice` of a change."""
@@ -210,8 +220,8 @@ class Issuer:
         """Write what was folded of refusals and not written yet."""
         self._audit.close(now=self.clock.reading())
 
-    def refused_instances(self) -> Mapping[str, LeakageRefused]:
-        """Registered instances that the policy's leakage maxima refuse, by id, each with the rule it breaks."""
+    def refused_instances(self) -> Mapping[str, ReleaseError]:
+        """Registered instances that the policy does not serve, by id: not listed, or above its leakage maxima."""
         with self._store.read() as db:
             registered = instances.everything(db)
         return {instance.id: refusal for instance in registered for refusal in self._objections(instance)}
@@ -219,10 +229,12 @@ class Issuer:
     def _burn(self, db: Connection, claims: Claims, now: int) -> None:
         """A refusal spends the nonce as well, where it was a good one."""
         with contextlib.suppress(NonceRefused):
-            expires = self._nonces.require(claims.nonce, now=now, seconds=self._policy.release.nonce_seconds)
+            seconds = self._in_force.policy.release.nonce_seconds
+            expires = self._nonces.require(claims.nonce, now=now, seconds=seconds)
             nonces.spend(db, claims.nonce, expires=expires, now=now)
 
-    def _issue(self, applicant: Applicant, trail: Trail, nonce_expires: int) -> _Issued:
+    def _issue(self, applicant: Applicant, in_force: InForce, trail: Trail, nonce_expires: int) -> _Issued:
+        policy = in_force.policy
         with self._store.write() as db:
             claims = applicant.claims
             nonces.spend(db, claims.nonce, expires=nonce_expires, now=trail.now)
@@ -234,17 +246,19 @@ class Issuer:
             )
             trail.subject["epoch"] = epoch.number
             revocations.require_none(revocations.standing(db, release.subjects(applicant, holder, epoch)))
-            self._policy.require_measured(epoch.leakage, epoch.preset)
+            policy.require_running(holder[0], instance, epoch, applicant.enclave)
             # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
             carried = instance.kind == "dedicated" or claims.kind == "grant"
             grant = instances.grant(db, self._vault, instance.id, epoch.number) if carried else None
             record, drawn = None, ()
             if claims.kind == "bundle":
-                record = leases.issue(db, applicant, holder, (instance, epoch), self._policy.lease, now=trail.now)
+                record = leases.issue(
+                    db, applicant, holder, (instance, epoch), policy.lease, caps=policy.budgets, now=trail.now
+                )
                 trail.subject |= {"handle": record.handle, "tokens": record.tokens}
-                drawn = self._draw(db, instance, epoch)
+                drawn = self._draw(db, instance, epoch, policy.canaries.per_bundle)
             head = self._audit.append(db, trail)
-        return _Issued(instance, epoch, record, grant, drawn, head)
+        return _Issued(in_force, instance, epoch, record, grant, drawn, head)
 
     def _seal(self, applicant: Applicant, issued: _Issued, now: int) -> tuple[bytes, bytes]:
         record, grant = issued.record, issued.grant
@@ -259,18 +273,17 @@ class Issuer:
             manifest_digest=issued.epoch.manifest_digest,
             lease=record.sign(self._home.service, _hash_of(issued.head)),
             link_certificate=self._link_certificate(record, now),
-            heartbeat_tokens=self._policy.lease.heartbeat_tokens,
+            heartbeat_tokens=issued.in_force.policy.lease.heartbeat_tokens,
             cache_salt=secrets.token_bytes(32),
-            policy_digest=self._policy_digest,
+            policy_digest=issued.in_force.digest,
             audit_head=issued.head.to_bytes(),
             grant=None if grant is None else grant.to_bytes(),
             canaries=issued.canaries,
         )
         return seal(bundle, applicant.claims_bytes, self._home.service)
 
-    def _draw(self, db: Connection, instance: Instance, epoch: Epoch) -> tuple[bytes, ...]:
-        """The canaries of one bundle. A pool that has run dry releases without: the log says so, and the operator adds."""
-        wanted = self._policy.canaries.per_bundle
+    def _draw(self, db: Connection, instance: Instance, epoch: Epoch, wanted: int) -> tuple[bytes, ...]:
+        """The canaries of one bundle. A pool that has run dry releases without, and the log says so."""
         drawn = canaries.draw(db, self._vault, instance.id, epoch.number, wanted)
         if len(drawn) < wanted:
             structlog.get_logger().warning(
@@ -292,8 +305,8 @@ class Issuer:
         key = read_link_key(record.link_key)
         return issue_link_certificate(self._home.link_ca, key, now=now, expires=record.expires)
 
-    def _require_running(self, db: Connection, record: LeaseRecord, now: int) -> Epoch:
-        """The lease's epoch, where everything still holds that it was issued on."""
+    def _require_running(self, db: Connection, record: LeaseRecord, policy: Policy, now: int) -> Epoch:
+        """The lease's epoch, where it could be issued today."""
         if record.revoked is not None:
             raise LeaseRevoked.because("lease", f"one that was revoked (revocation {record.revoked})", "a new lease")
         instance = instances.by_id(db, record.instance)
@@ -305,15 +318,17 @@ class Issuer:
         if not epoch.serves(now):
             raise InstanceRefused.because("lease epoch", "one that has drained", "a new lease, of the active epoch")
         release.require_member(user, instance)
-        self._policy.require_measured(epoch.leakage, epoch.preset)
+        policy.require_running(user, instance, epoch, EnclaveFacts.from_bytes(record.enclave))
         return epoch
 
-    def _objections(self, instance: Instance) -> Iterator[LeakageRefused]:
+    def _objections(self, instance: Instance) -> Iterator[ReleaseError]:
+        policy = self._in_force.policy
         for epoch in instance.epochs:
             try:
                 if epoch.state != "removed":
-                    self._policy.require_measured(epoch.leakage, epoch.preset)
-            except LeakageRefused as refusal:
+                    policy.require_listed(epoch.manifest_digest, instance.kind)
+                    policy.require_measured(epoch.leakage, epoch.preset)
+            except ReleaseError as refusal:
                 yield refusal
 
     def _granted(self, kind: str) -> None:

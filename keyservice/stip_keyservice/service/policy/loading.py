@@ -39,6 +39,7 @@ class InForce:
     digest: bytes
     root_der: bytes | None = None
     """The simulated root that a development policy pins; None in production."""
+    signed: bool = False
 
 
 def recorded(db: Connection) -> Record | None:

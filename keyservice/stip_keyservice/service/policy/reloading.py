@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
+
+import structlog
 
 from stip_keyservice.home import Home
 from stip_keyservice.service.auditlog import AuditLog, Trail
@@ -54,4 +58,22 @@ class PolicyLoader:
             with self._store.write() as db:
                 if record(db, found):
                     self._audit.append(db, trail)
-        return InForce(found.policy, found.digest, root_der)
+        return InForce(found.policy, found.digest, root_der, signed=found.signature is not None)
+
+
+async def reload_on(hangup: asyncio.Event, loader: PolicyLoader, adopt: Callable[[InForce], None]) -> None:
+    """For ever: whenever `hangup` is set, load the policy again and hand it to `adopt`.
+
+    One that is refused is logged, and the one before stays in force. Whatever comes while one is being loaded loads it
+    once more: the last file that lay there wins.
+    """
+    log = structlog.get_logger()
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        try:
+            found = await asyncio.to_thread(loader.load)
+        except StipError as error:
+            log.error("policy refused, the one before stays in force", code=error.code, reason=error.message)
+        else:
+            await asyncio.to_thread(adopt, found)
