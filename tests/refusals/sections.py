@@ -1,0 +1,10 @@
+"""The whole table, in the order of `docs/refusals.md`."""
+
+from __future__ import annotations
+
+from tests.refusals.rows_claims import CLAIMS
+from tests.refusals.rows_enclave import ENCLAVES
+from tests.refusals.rows_quote import FORMS, QUOTES
+from tests.refusals.table import Section
+
+SECTIONS: tuple[Section, ...] = (CLAIMS, QUOTES, FORMS, ENCLAVES)
