@@ -130,6 +130,18 @@ def require_tcb_signer(chain: tuple[Certificate, ...], what: str) -> None:
     _require_issued(signer, root, f"{what} signer")
 
 
+CA_CHAIN = "PCK CRL chain"
+
+
+def require_crl_chain(chain: tuple[Certificate, ...]) -> None:
+    """Hold the issuers of the revocation lists to PCK CA and root. Raises `EvidenceRefused`."""
+    authority, root = _members(chain, CA_CHAIN, ("PCK CA", "root"))
+    _require_name(authority, "PCK CA", PCK_CA_NAMES)
+    if not authority.authority:
+        raise EvidenceRefused.because("PCK CA", "not a CA", "basic constraints CA")
+    _require_issued(authority, root, "PCK CA")
+
+
 def _members(chain: tuple[Certificate, ...], what: str, roles: tuple[str, ...]) -> tuple[Certificate, ...]:
     if len(chain) != len(roles):
         raise EvidenceRefused.because(what, f"{len(chain)} certificates", ", ".join(roles))

@@ -7,6 +7,7 @@ refused, because some of the optional ones would replace the certificate chain o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Self, TypeVar
@@ -132,9 +133,28 @@ class Collateral:
         )
 
     @property
+    def expires(self) -> datetime:
+        """When the first piece runs out: after that nothing verifies with it."""
+        return min(window.closes for window in self.windows())
+
+    @property
+    def evaluation_number(self) -> int:
+        """Intel's round of TCB recovery: of TCB info and QE identity, the lower."""
+        return min(self.tcb_info.evaluation_number, self.qe_identity.evaluation_number)
+
+    def age_seconds(self, now: int) -> int:
+        """Seconds since the oldest monthly piece was issued, at `now` (Unix seconds)."""
+        return now - int(self.issued.timestamp())
+
+    @property
     def issued(self) -> datetime:
         """The oldest of the pieces that Intel renews monthly; the root CRL is yearly and does not count."""
         return min(self.tcb_info.issued, self.qe_identity.issued, self.pck_crl.last_update_utc)
+
+
+def assemble(**fields: str) -> bytes:
+    """`QuoteCollateralV3` JSON of its nine texts (byte strings in hexadecimal), in one form for the same content."""
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _validate(model: type[M], data: bytes, what: str) -> M:

@@ -66,3 +66,11 @@ def appraise(quote: bytes, collateral: Collateral, root_der: bytes, now: int) ->
         pce_id=bytes(pck["pce_id"]),
         fmspc=bytes(pck["fmspc"]),
     )
+
+
+def fmspc_of(pck_chain: bytes) -> bytes:
+    """The FMSPC (6 bytes) in a PCK chain's leaf, PEM. Raises `EvidenceRefused` where there is none."""
+    try:
+        return bytes(dcap_qvl.parse_pck_extension_from_pem(pck_chain).fmspc)
+    except ValueError as error:
+        raise EvidenceRefused(f"PCK certificate: {str(error)[:300]}", field="PCK certificate") from None

@@ -1,0 +1,156 @@
+"""Collateral on disk: one file a platform kind, which several processes share.
+
+A file is named after its platform (`sgx-00a067110000-platform.json`), holds `QuoteCollateralV3` JSON that can be read
+by anybody (mode 0644, as apt keeps its lists: it is public and signed), and appears whole or not at all. What lies in
+it is parsed and held to its platform again whenever it is read: a file that somebody damaged is as good as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from stip_protocol.attestation.collateral import Collateral
+from stip_protocol.attestation.evidence import COLLATERAL_LIMIT
+from stip_protocol.attestation.platforms import PlatformKind
+from stip_protocol.durable import sync_folder
+from stip_protocol.errors import AttestationError, ConfigurationError, EvidenceMalformed
+
+FOLDER_MODE, FILE_MODE = 0o755, 0o644
+PLATFORMS = 1024
+"""Platform kinds in one cache, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Collateral that is at hand: its bytes, and what they say."""
+
+    kind: PlatformKind
+    data: bytes
+    collateral: Collateral
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Raises `EvidenceMalformed`, `EvidenceRefused`."""
+        collateral = Collateral.parse(data)
+        return cls(PlatformKind.of_collateral(collateral), data, collateral)
+
+    @property
+    def expires(self) -> int:
+        """Unix seconds of the last second in which it verifies."""
+        return int(self.collateral.expires.timestamp())
+
+    @property
+    def issued(self) -> int:
+        return int(self.collateral.issued.timestamp())
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Newer collateral of the same platform has a higher one: a source that lags behind displaces nothing."""
+        return self.collateral.evaluation_number, self.issued, self.expires
+
+
+class CollateralCache:
+    """A folder of collateral. Safe between threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder where there is none. Raises `ConfigurationError`."""
+        self._folder = folder
+        try:
+            folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"collateral cache {folder}: {error.strerror}", field="cache") from None
+
+    def read(self, kind: PlatformKind) -> Kept | None:
+        """What is kept for a platform, expired or not; None where that is nothing, or nothing that can be used.
+
+        Raises `ConfigurationError` where the folder cannot be read.
+        """
+        try:
+            with self._path(kind).open("rb") as file:
+                data = file.read(COLLATERAL_LIMIT + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigurationError(f"collateral cache {self._folder}: {error.strerror}", field="cache") from None
+        try:
+            kept = Kept.parse(data)
+        except AttestationError:
+            return None
+        return kept if kept.kind == kind else None
+
+    def stamp(self, kind: PlatformKind) -> tuple[int, ...] | None:
+        """Another one for every file that was ever put there; None where there is none."""
+        try:
+            found = self._path(kind).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def store(self, data: bytes) -> Kept:
+        """Keep collateral, unless newer is kept already; gives what is kept then.
+
+        Raises what `Kept.parse` raises, and `ConfigurationError` where it cannot be written, or there is no room.
+        """
+        new = Kept.parse(data)
+        try:
+            with self._locked():
+                old = self.read(new.kind)
+                if old is not None and old.rank >= new.rank:
+                    return old
+                if old is None and len(self.kinds()) >= PLATFORMS:
+                    raise ConfigurationError.because("platforms in the collateral cache", PLATFORMS, "fewer")
+                replace_public(self._path(new.kind), data)
+        except OSError as error:
+            raise ConfigurationError(f"collateral cache {self._folder}: {error.strerror}", field="cache") from None
+        return new
+
+    def kinds(self) -> list[PlatformKind]:
+        """The platforms there is a file of, in order."""
+        found = []
+        for path in self._folder.glob("*.json"):
+            with contextlib.suppress(EvidenceMalformed):
+                found.append(PlatformKind.from_name(path.stem))
+        return sorted(found)
+
+    def everything(self) -> list[Kept]:
+        """All that is kept and can be used, expired or not."""
+        return [kept for kept in map(self.read, self.kinds()) if kept is not None]
+
+    def _path(self, kind: PlatformKind) -> Path:
+        return self._folder / f"{kind}.json"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Between reading what is kept and writing something newer."""
+        handle = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def replace_public(path: Path, data: bytes) -> None:
+    """Write a file that anybody may read, in one step and durably. Follows no link. Raises `ConfigurationError`."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                os.fchmod(file.fileno(), FILE_MODE)  # whatever the process's mask
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,217 @@
+"""Collateral for whoever asks: from disk while it is valid, renewed early from a source, or from a bundle alone.
+
+What is served has not expired: where no source answers, collateral is served for as long as it is valid and not a
+second longer. A renewal is due when the share `refresh_share` of its life is left, is tried at most every
+`retry_minutes`, and happens aside: who asks waits only where nothing valid is kept, and not longer than
+`wait_seconds`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pydantic import Field
+
+from stip_protocol.attestation import collateral_bundle
+from stip_protocol.attestation.authenticity import require_authentic
+from stip_protocol.attestation.collateral_cache import CollateralCache, Kept
+from stip_protocol.attestation.pccs import Endpoint, PccsClient
+from stip_protocol.attestation.platforms import PlatformKind
+from stip_protocol.errors import AttestationError, CollateralUnavailable, ConfigurationError, StipError
+from stip_protocol.runtime.config import ConfigPath, Settings
+
+FETCHES = 4
+"""Platforms fetched at once."""
+
+
+class CollateralSettings(Settings):
+    """The table `[collateral]`."""
+
+    cache: ConfigPath
+    """Folder; made where there is none."""
+    endpoints: tuple[Endpoint, ...] = Field(default=(), max_length=8)
+    """Sources, in the order they are tried. None: offline, from the cache and the bundle alone."""
+    bundle: ConfigPath | None = None
+    """A collateral bundle, taken into the cache at start."""
+    refresh_share: float = Field(default=1 / 3, gt=0, lt=1)
+    """Share of its life that is left when collateral is renewed."""
+    retry_minutes: float = Field(default=10.0, gt=0, le=24 * 60)
+    """The least time between two tries to renew the collateral of a platform."""
+    wait_seconds: float = Field(default=4.0, gt=0, le=60)
+    """How long a release waits for collateral of a platform that none is kept of."""
+    fetch_seconds: float = Field(default=20.0, gt=0, le=300)
+    """How long one fetch may try, all endpoints and pauses together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """One platform's collateral, for people and metrics."""
+
+    kept: Kept
+    refresh_due: int
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A file whose content was found authentic."""
+
+    stamp: tuple[int, ...]
+    kept: Kept
+    opens: int
+
+
+class CollateralSource:
+    """Collateral by platform. Safe between threads; several processes may share one cache folder."""
+
+    def __init__(self, settings: CollateralSettings, anchor: bytes, *, clock: Callable[[], float] = time.time) -> None:
+        """`anchor`: DER of the root that collateral must chain to.
+
+        Raises `ConfigurationError` (folder, CA file, bundle file), and what `import_bundle` raises.
+        """
+        self._settings, self._anchor, self._clock = settings, anchor, clock
+        self._cache = CollateralCache(settings.cache)
+        self._client = PccsClient(settings.endpoints, anchor, clock=clock) if settings.endpoints else None
+        self._threads = ThreadPoolExecutor(FETCHES, thread_name_prefix="collateral")
+        self._lock = threading.Lock()
+        self._seen: dict[PlatformKind, _Seen] = {}
+        self._fetching: dict[PlatformKind, Future[Kept]] = {}
+        self._tried: dict[PlatformKind, float] = {}
+        """When a platform was last fetched in vain."""
+        if settings.bundle is not None:
+            self.take(collateral_bundle.load(settings.bundle))
+
+    def for_quote(self, quote: bytes) -> bytes:
+        """Valid collateral for the platform that made a quote.
+
+        Raises what `PlatformKind.of_quote` raises, and `CollateralUnavailable`.
+        """
+        return self.get(PlatformKind.of_quote(quote, self._anchor)).data
+
+    def get(self, kind: PlatformKind) -> Kept:
+        """Valid collateral of a platform: what is kept, or else fetched within `wait_seconds`.
+
+        Raises `CollateralUnavailable`.
+        """
+        kept = self._valid(kind)
+        if kept is not None:
+            return kept
+        future = self._fetch(kind)
+        if future is None:
+            raise self._unavailable(kind)
+        try:
+            return future.result(self._settings.wait_seconds)
+        except FutureTimeout:
+            raise CollateralUnavailable(
+                f"collateral of {kind}: not fetched within {self._settings.wait_seconds} s",
+                field="collateral",
+                retry_after=self._settings.wait_seconds,
+            ) from None
+        except ConfigurationError as error:
+            # Which folder that is concerns the operator, whose logs and doctor say so, and not who asks.
+            raise CollateralUnavailable(f"collateral of {kind}: cannot be kept", field="collateral") from error
+
+    def renew(self, kind: PlatformKind) -> Kept:
+        """Fetch now, whatever is kept. Raises `CollateralUnavailable`, `ConfigurationError` (it cannot be kept)."""
+        if self._client is None:
+            raise CollateralUnavailable(f"collateral of {kind}: offline, no endpoint is configured", field="collateral")
+        return self._cache.store(self._client.fetch(kind, seconds=self._settings.fetch_seconds))
+
+    def due(self) -> list[PlatformKind]:
+        """Platforms whose collateral should be renewed now."""
+        now = self._clock()
+        return [shelf.kept.kind for shelf in self.shelves() if shelf.refresh_due <= now]
+
+    def renew_due(self) -> dict[PlatformKind, StipError | None]:
+        """Renew what is due, and wait for it; gives how it went. Offline nothing is tried."""
+        under_way = {kind: self._fetch(kind) for kind in self.due()}
+        return {kind: _failure(future) for kind, future in under_way.items() if future is not None}
+
+    def take(self, found: list[Kept]) -> list[Kept]:
+        """Keep collateral that was carried here, where it is authentic and in its dates; gives what is kept then.
+
+        Raises `EvidenceRefused`, `CollateralExpired`, `ConfigurationError`: then nothing of it was kept.
+        """
+        now = datetime.fromtimestamp(self._clock(), tz=UTC)
+        for kept in found:
+            require_authentic(kept.collateral, kept.kind, self._anchor, now)
+        return [self._cache.store(kept.data) for kept in found]
+
+    def shelves(self) -> list[Shelf]:
+        """Everything that is kept, expired or not."""
+        return [Shelf(kept, self._refresh_due(kept)) for kept in self._cache.everything()]
+
+    def close(self) -> None:
+        """Forget what is under way; what is being fetched ends by its own time."""
+        if self._client is not None:
+            self._client.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _valid(self, kind: PlatformKind) -> Kept | None:
+        """What is kept, where it holds now. Its signatures are checked once for each file."""
+        stamp = self._cache.stamp(kind)
+        if stamp is None:
+            return None
+        now = self._clock()
+        seen = self._seen.get(kind)
+        if seen is None or seen.stamp != stamp:
+            kept = self._cache.read(kind)
+            if kept is None or not self._authentic(kept):
+                return None
+            opens = max(window.opens for window in kept.collateral.windows())
+            seen = self._seen[kind] = _Seen(stamp, kept, int(opens.timestamp()))
+        return seen.kept if seen.opens <= now <= seen.kept.expires else None
+
+    def _authentic(self, kept: Kept) -> bool:
+        try:
+            require_authentic(kept.collateral, kept.kind, self._anchor, datetime.fromtimestamp(self._clock(), tz=UTC))
+        except AttestationError:
+            return False
+        return True
+
+    def _refresh_due(self, kept: Kept) -> int:
+        return int(kept.expires - (kept.expires - kept.issued) * self._settings.refresh_share)
+
+    def _fetch(self, kind: PlatformKind) -> Future[Kept] | None:
+        """The fetch of a platform that is under way, or a new one; None: offline, or tried in vain just now."""
+        with self._lock:
+            under_way = self._fetching.get(kind)
+            if under_way is not None:
+                return under_way
+            tried = self._tried.get(kind)
+            if self._client is None or (
+                tried is not None and 0 <= self._clock() - tried < self._settings.retry_minutes * 60
+            ):
+                return None
+            future = self._threads.submit(self.renew, kind)
+            self._fetching[kind] = future
+        future.add_done_callback(lambda done: self._ended(kind, done))
+        return future
+
+    def _ended(self, kind: PlatformKind, done: Future[Kept]) -> None:
+        with self._lock:
+            self._fetching.pop(kind, None)
+            self._tried.pop(kind, None)
+            if done.cancelled() or done.exception() is not None:
+                self._tried[kind] = self._clock()
+
+    def _unavailable(self, kind: PlatformKind) -> CollateralUnavailable:
+        if self._client is None:
+            reason, again = "offline, and none that is valid is kept: import a collateral bundle", None
+        else:
+            reason, again = "no source gave it just now", self._settings.retry_minutes * 60
+        return CollateralUnavailable(f"collateral of {kind}: {reason}", field="collateral", retry_after=again)
+
+
+def _failure(future: Future[Kept]) -> StipError | None:
+    try:
+        future.result()
+    except StipError as error:
+        return error
+    return None
