@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep each folder below tests/e2e on one worker, whose tests share one running system, and each file of
-    tests/audit, whose tests share what an attack found.
+    tests/audit, whose tests share what an attack found, and of tests/rollout, whose hosts run once.
 
     What `xdist_group` marks are for; but pytest-xdist 3.8 does not see them under pytest 9.2.
     """
@@ -47,6 +47,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith("tests/e2e/"):
                 return nodeid.rsplit("/", 1)[0]
-            return nodeid.split("::", 1)[0] if nodeid.startswith("tests/audit/") else nodeid
+            return nodeid.split("::", 1)[0] if nodeid.startswith(("tests/audit/", "tests/rollout/")) else nodeid
 
     return BySystem(config, log) if config.getoption("dist") == "loadgroup" else None

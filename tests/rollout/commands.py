@@ -9,19 +9,20 @@ from pathlib import Path
 import click
 
 PROGRAMS = {
-    "stip": "stip.cli",
-    "stip-keyservice": "stip_keyservice.cli",
-    "stip-gateway": "stip_gateway.cli",
-    "stip-server": "stip_server.cli",
-    "stip-enclave": "stip_enclave.cli",
-    "stip-stack": "stip_stack.cli",
+    "stip": "stip.cli:group",
+    "stip-keyservice": "stip_keyservice.cli:main",
+    "stip-gateway": "stip_gateway.cli:main",
+    "stip-server": "stip_server.cli:main",
+    "stip-enclave": "stip_enclave.cli:main",
+    "stip-stack": "stip_stack.cli:main",
 }
 
 
 def require_command(words: Sequence[str]) -> None:
     """Fail where a program of ours, one of its subcommands or an option does not exist, or an argument is missing."""
     name = Path(words[0]).name
-    command: click.Command = import_module(PROGRAMS[name]).main
+    module, attribute = PROGRAMS[name].split(":")
+    command: click.Command = getattr(import_module(module), attribute)
     context, rest = click.Context(command, info_name=name), list(words[1:])
     while isinstance(command, click.Group):
         assert rest, f"{' '.join(words)}: which subcommand?"
