@@ -15,7 +15,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines about handsh
 
 import click
 
-from stip.commands import chat, generate, keys, verify
+from stip.commands import audit_heads, chat, generate, keys, verify
 from stip_protocol.errors import (
     Action,
     AttestationError,
@@ -59,6 +59,7 @@ def group() -> None:
       stip verify --profile P.toml   is this the enclave I trust? every check, expected against found
       stip generate --profile P.toml "Once upon a time"
       stip chat --profile P.toml     a conversation
+      stip audit-heads list          what you were shown of the key service's audit log
 
     A profile names enclave, instance, keys and policy. Exit codes: 0 done, 1 unavailable or busy (the error says
     when to try again, where the enclave does), 2 configuration or usage, 3 refused, 130 interrupted. NO_COLOR is
@@ -70,6 +71,7 @@ group.add_command(keys.group)
 group.add_command(verify.verify)
 group.add_command(generate.generate)
 group.add_command(chat.chat)
+group.add_command(audit_heads.group)
 
 
 def _advice(error: StipError) -> str:

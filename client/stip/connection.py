@@ -21,6 +21,7 @@ from stip.stream import Stream
 from stip.tokenizer import Tokenizer
 from stip.verification import SIMULATION_WARNING, Examination, Verification
 from stip_protocol.attestation.freshness import new_nonce
+from stip_protocol.attestation.verifier import Status, Step
 from stip_protocol.documents import Signed
 from stip_protocol.errors import (
     Action,
@@ -45,6 +46,7 @@ the longest."""
 SPREAD = 0.1
 """The share that is added to a pause at random, so that those who were refused together do not come back together."""
 CONNECT_SECONDS = 30.0
+AUDIT_LOG = "audit log"
 RENEW_BEFORE = 0.25
 """The share of a delegation's life before its end at which a new one is signed, after a new verification."""
 
@@ -102,6 +104,8 @@ class AsyncConnection:
         self._trust: Trust = profile.trust()
         self._key = keys.load(profile.user_key)
         self._developer = profile.developer()
+        self._memory = profile.memory()
+        self._audit_log = Step(AUDIT_LOG, Status.SKIPPED)
         self._tokenizer: Tokenizer | None = None
         self._channel: PinnedChannel | None = None
         self._enclave: _Enclave | None = None
@@ -116,6 +120,12 @@ class AsyncConnection:
     def verification(self) -> Verification:
         """The document of the verification this connection rests on."""
         return self._current().verification
+
+    @property
+    def audit_log(self) -> Step:
+        """Whether the key service's audit log, as the latest session brought its head, is the one shown before; skipped
+        where the profile names no `service_key`, and before the first session."""
+        return self._audit_log
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -147,7 +157,8 @@ class AsyncConnection:
         may have begun.
 
         Where the transport was interrupted since the last verification, the enclave is verified again first.
-        Raises `RequestInvalid`, `ChannelChanged` where another certificate answers by now, and what the enclave
+        Raises `RequestInvalid`, `ChannelChanged` where another certificate answers by now, `AuditLogForked` where the
+        key service shows another audit log than before (with `service_key` in the profile), and what the enclave
         reports.
         """
         if open_retries < 0:
@@ -201,6 +212,7 @@ class AsyncConnection:
         )
         try:
             self._require_opened(stream)
+            self._audit_log = await self._examined(stream.opened.audit_head)
         except StipError:
             await stream.close()
             raise
@@ -213,6 +225,16 @@ class AsyncConnection:
             raise SimulatedEvidenceRefused.because("session", "simulated", "what the evidence said")
         if opened.vocabulary != manifest.vocabulary:
             raise ManifestMismatch.because("session vocabulary", opened.vocabulary, manifest.vocabulary)
+
+    async def _examined(self, head: bytes) -> Step:
+        """Hold the head that a session brought against all before. Raises as `HeadMemory.check`."""
+        memory, expected = self._memory, "signed by the key service, of the log that was shown before"
+        if memory is None:
+            return Step(AUDIT_LOG, Status.SKIPPED, expected, "no service_key in the profile")
+        if not head:
+            return Step(AUDIT_LOG, Status.SKIPPED, expected, "no head: the enclave is of an older version")
+        found = await asyncio.to_thread(memory.check, head)
+        return Step(AUDIT_LOG, Status.PASSED, expected, f"entry {found.sequence}, one log")
 
     async def _verify(self, deadline: float) -> None:
         async with self._verifying:

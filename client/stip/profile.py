@@ -7,6 +7,7 @@
     developer_key = "developer.pub"
     user_key = "~/.stip/keys/default.pem"
     policy = "policy.toml"
+    service_key = "service.pub"   # optional
 
 Relative paths are relative to the profile. A simulated TEE needs `mode = "development"` *and* `simulated_root`
 here, and a policy that pins that root: nothing in the environment can replace either.
@@ -22,6 +23,8 @@ from typing import Annotated, Literal, Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import Field, model_validator
 
+from stip import heads
+from stip.heads import HeadMemory
 from stip_protocol.attestation.policy import EvidencePolicy
 from stip_protocol.errors import ConfigurationError, PolicyInvalid
 from stip_protocol.lease import InstanceId
@@ -61,6 +64,11 @@ class Profile(Settings):
     mode: Literal["production", "development"] = "production"
     simulated_root: ConfigPath | None = None
     """Root certificate (DER) of a simulated TEE; development only."""
+    service_key: ConfigPath | None = None
+    """Ed25519 public key (PEM) of the key service. With it, the heads of its audit log that come with sessions are held
+    against each other (`stip.heads`); without it that check is skipped, and said to be."""
+    audit_heads: ConfigPath | None = None
+    """Folder where those heads are remembered; `heads` in STIP_HOME by default."""
     delegation_seconds: Annotated[int, Field(ge=60, le=DELEGATION_LIFE_LIMIT)] = 3600
     """Life of the delegations that this user signs for a verified enclave."""
 
@@ -101,3 +109,9 @@ class Profile(Settings):
     def developer(self) -> Ed25519PublicKey:
         """The key that manifests must be signed with. Raises `ConfigurationError`."""
         return read_ed25519(self.developer_key, field="developer_key")
+
+    def memory(self) -> HeadMemory | None:
+        """The remembered heads of the key service; None without its key. Raises `ConfigurationError`."""
+        if self.service_key is None:
+            return None
+        return HeadMemory(self.audit_heads or heads.folder(), read_ed25519(self.service_key, field="service_key"))

@@ -18,6 +18,7 @@ from stip.connection import CONNECT_SECONDS, OPEN_RETRIES, AsyncConnection, acon
 from stip.profile import Profile
 from stip.session import TURN_SECONDS, AsyncSession, Chunk, Completion
 from stip.verification import Verification
+from stip_protocol.attestation.verifier import Step
 
 T = TypeVar("T")
 
@@ -96,6 +97,11 @@ class Connection:
     def verification(self) -> Verification:
         """The document of the verification this connection rests on."""
         return self._connection.verification
+
+    @property
+    def audit_log(self) -> Step:
+        """As `AsyncConnection.audit_log`."""
+        return self._connection.audit_log
 
     def verify(self, *, timeout: float = CONNECT_SECONDS) -> Verification:
         """Verify the same enclave again, now."""

@@ -56,6 +56,8 @@ SIMULATION_WARNING = (
     "WARNING: SIMULATED ENCLAVE. Development mode: the evidence was made by software, no hardware protects "
     "prompts or answers. Never send real data."
 )
+AUDIT_LOG_CHECKED = "checked with every session"
+AUDIT_LOG_SKIPPED = "skipped: the profile names no service_key"
 _ANOTHER_ENCLAVE = "Do not use this enclave. Ask its operator for genuine evidence."
 
 
@@ -79,6 +81,8 @@ class Verification:
     """None where it was refused before this could be told."""
     collateral_expires: int | None = None
     """Unix seconds."""
+    audit_log: str = ""
+    """Whether the heads of the key service's audit log will be held against each other."""
 
     @property
     def verified(self) -> bool:
@@ -99,6 +103,7 @@ class Verification:
             "tcb_status": self.tcb_status,
             "advisories": list(self.advisories),
             "collateral_expires": _utc(self.collateral_expires),
+            "audit_log": self.audit_log,
             "refusal": None
             if self.refusal is None
             else {"code": self.refusal.code, "action": self.refusal.action.value, "message": self.refusal.message},
@@ -208,6 +213,7 @@ class Examination:
             advisories=found.advisories if found else (),
             simulated=found.simulated if found else None,
             collateral_expires=found.collateral_expires if found else None,
+            audit_log=AUDIT_LOG_SKIPPED if self._profile.service_key is None else AUDIT_LOG_CHECKED,
         )
 
     def _now(self) -> int:

@@ -206,6 +206,8 @@ class Workspace:
                 "instance": published.manifest.instance,
                 "tokenizer": str(published.folder / "client"),
                 "developer_key": str(self.home.path / "developer.pub"),
+                "service_key": str(self.home.path / "service.pub"),
+                "audit_heads": "heads",
                 "user_key": str(user_key),
                 "policy": "client-policy.toml",
                 "mode": "development",

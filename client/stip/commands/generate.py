@@ -70,6 +70,7 @@ def generate(
             found["request_id"] = session.request_id
             found["timings"] |= {"connect_seconds": connected, "open_seconds": opened - connected}
             found["verification"] = connection.verification.summary()
+            found["audit_log"] = {"status": connection.audit_log.status.value, "got": connection.audit_log.got}
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 

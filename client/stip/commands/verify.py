@@ -48,6 +48,7 @@ def _print(document: Verification) -> None:
     console.print(table)
     if document.simulated:
         console.print(Text(SIMULATION_WARNING, "bold red"))
+    console.print(Text(f"audit log of the key service: {document.audit_log}", "dim"))
     if document.verified:
         measurement = document.measurement.hex() if document.measurement else ""
         console.print(Text(f"VERIFIED: measurement {measurement}, TCB {document.tcb_status}", "bold green"))
