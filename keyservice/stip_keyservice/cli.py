@@ -50,8 +50,17 @@ COMMANDS = {
     "serve": Lazy(f"{_COMMANDS}.serve", "serve", "Release keys to attested enclaves."),
     "users": Lazy(f"{_COMMANDS}.users", "group", "Who may use the instances, and how much."),
     "instances": Lazy(f"{_COMMANDS}.instances", "group", "The protected models this service holds the keys of."),
+    "epochs": Lazy(f"{_COMMANDS}.epochs", "group", "Rotate an instance's keys: activate, drain, retire."),
+    "canaries": Lazy(f"{_COMMANDS}.canaries", "group", "Sessions with a known answer, to try a server with."),
+    "leases": Lazy(f"{_COMMANDS}.leases", "group", "What enclaves run under, and what ended it."),
+    "revoke": Lazy(f"{_COMMANDS}.revocations", "revoke", "Refuse a user, device, enclave, instance or epoch at once."),
+    "revocations": Lazy(f"{_COMMANDS}.revocations", "group", "What was revoked; lift it again."),
     "policy": Lazy(f"{_COMMANDS}.policy", "group", "Which enclaves get keys."),
     "audit-log": Lazy(f"{_COMMANDS}.auditlog", "group", "Every decision, hash-chained."),
+    "home": Lazy(f"{_COMMANDS}.home", "group", "Where the root key and the database are."),
+    "root-key": Lazy(f"{_COMMANDS}.rootkey", "group", "What every secret is encrypted under: move it, share it."),
+    "state": Lazy(f"{_COMMANDS}.state", "group", "Upgrade the database, and check that everything opens."),
+    "recover": Lazy(f"{_COMMANDS}.recover", "recover", "Open the root key with shares, or rehearse it."),
     "keys": Lazy(f"{_COMMANDS}.keys", "group", "The key service's own public keys."),
 }
 

@@ -83,12 +83,14 @@ def make_instance(
     preset: str = "hardened",
     secrets_of: dict[str, Any] | None = None,
     measured: Sequence[LeakageCell] | None = None,
+    instance: str | None = None,
+    epoch: int = 0,
 ) -> MadeInstance:
-    """A small instance directory in its real form, made with the home's own keys.
+    """A small instance directory in its real form, made with the home's own keys: of `instance` or of a fresh one.
 
     `measured` is what an audit found; None: there was none.
     """
-    instance, root = secrets.token_hex(16), secrets.token_bytes(32)
+    instance, root = instance or secrets.token_hex(16), secrets.token_bytes(32)
     for part in ("server", "enclave", "client"):
         (folder / part).mkdir(parents=True)
     (folder / "server" / "config.json").write_text("{}")
@@ -98,7 +100,7 @@ def make_instance(
         folder / "enclave" / "embedding.sealed",
         key=derive(root, PART_LABEL),
         instance=instance,
-        epoch=0,
+        epoch=epoch,
         preset=preset,
     ) as writer:
         writer.write(os.urandom(256))
@@ -109,13 +111,13 @@ def make_instance(
         return {path.name: file_digest(path) for path in (folder / part).iterdir()}
 
     client = ClientManifest(
-        instance=instance, epoch=0, vocabulary=50, max_positions=64, stop_ids=(0,), files=digests("client")
+        instance=instance, epoch=epoch, vocabulary=50, max_positions=64, stop_ids=(0,), files=digests("client")
     )
     client.write(folder / "client" / "manifest.json", home.developer)
     manifest = Manifest.model_validate(
         {
             "instance": instance,
-            "epoch": 0,
+            "epoch": epoch,
             "preset": preset,
             "dtype": "float32",
             "width": 16,
@@ -129,7 +131,7 @@ def make_instance(
         }
     )
     digest = manifest.write(folder / "manifest.json", home.developer)
-    fields = {"instance": instance, "epoch": 0, "preset": preset, "manifest_digest": digest, "root": root}
+    fields = {"instance": instance, "epoch": epoch, "preset": preset, "manifest_digest": digest, "root": root}
     sealed = seal_secrets(InstanceSecrets.model_validate(fields | (secrets_of or {})), home.sealing.public_key())
     (folder / "secrets.sealed").write_bytes(sealed)
     return MadeInstance(folder, instance, root, preset)

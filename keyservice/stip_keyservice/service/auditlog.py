@@ -41,10 +41,12 @@ GENESIS = hashlib.sha256(b"stip/audit-log").digest()
 GRANTED = "granted"
 
 Event = Literal[
-    "release", "renewal", "user_added", "user_removed", "user_allowed", "user_disabled", "user_enabled",
-    "user_shredded", "device_added", "device_removed", "budget_set", "instance_added", "instance_removed",
-    "epoch_added", "epoch_activated", "epoch_retired", "revoked", "revocation_lifted", "canaries_added",
-    "policy_loaded", "root_key_rewrapped", "recovered", "clock_accepted", "refusals_folded",
+    "release", "renewal", "user_added", "user_removed", "user_allowed", "user_disallowed", "user_disabled",
+    "user_enabled", "user_shredded", "device_added", "device_removed", "device_rotated", "budget_set",
+    "instance_added", "instance_removed", "epoch_added", "epoch_activated", "epoch_retired", "revoked",
+    "revocation_lifted", "canaries_added", "policy_loaded", "root_key_rewrapped", "recovered",
+    "recovery_shares_made", "clock_accepted",
+    "refusals_folded",
 ]  # fmt: skip
 TIMED: frozenset[Event] = frozenset({"release", "renewal"})
 """Decisions that give somebody time: not made by a clock that runs behind. An operator's are, and are dated as late as

@@ -5,19 +5,24 @@ A chunk that a crashed enclave did not use stays debited: an enclave keeps no st
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Select, select, update
 
+from stip_keyservice.service import usage
+from stip_keyservice.service.policy import Budgets
 from stip_keyservice.service.state.schema import users
 
 
-def debit(db: Connection, user: str, wanted: int) -> int:
+def debit(db: Connection, user: str, wanted: int, caps: Budgets, *, now: int) -> int:
     """Take at most `wanted` tokens from the user's budget; returns how many there were, 0 where it is spent.
 
-    Only inside `Store.write()`: the exclusive transaction is what keeps two releases from overspending, and the
-    table's own constraint would refuse it once more.
+    `caps` are the policy's, on what a user has been given, in all and on this day.
+
+    Only inside `Store.write()`. The user's row stays locked to the end of the transaction (SQLite locks everything), so
+    that two releases never spend one token; the table's own constraint would refuse it once more.
     """
-    left = remaining(db, user)
-    taken = max(0, min(wanted, left))
+    left = int(db.execute(_left(user).with_for_update()).scalar_one())
+    capped = caps.allowance(_spent(db, user), usage.debited_on(db, user, now=now))
+    taken = max(0, min(wanted, left) if capped is None else min(wanted, left, capped))
     if taken:
         db.execute(update(users).where(users.c.id == user).values(spent=users.c.spent + taken))
     return taken
@@ -25,4 +30,12 @@ def debit(db: Connection, user: str, wanted: int) -> int:
 
 def remaining(db: Connection, user: str) -> int:
     """Tokens not debited yet."""
-    return int(db.execute(select(users.c.budget - users.c.spent).where(users.c.id == user)).scalar_one())
+    return int(db.execute(_left(user)).scalar_one())
+
+
+def _spent(db: Connection, user: str) -> int:
+    return db.execute(select(users.c.spent).where(users.c.id == user)).scalar_one()
+
+
+def _left(user: str) -> Select[tuple[int]]:
+    return select(users.c.budget - users.c.spent).where(users.c.id == user)

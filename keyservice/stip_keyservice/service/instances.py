@@ -16,7 +16,7 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
-from sqlalchemy import ColumnElement, Connection, Row, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, update
 
 from stip_keyservice.service.state.schema import (
     canaries,
@@ -24,13 +24,14 @@ from stip_keyservice.service.state.schema import (
     grants,
     instances,
     leakage_summaries,
+    leases,
     members,
     users,
 )
 from stip_keyservice.service.state.store import insert_into
 from stip_keyservice.service.users import User
 from stip_keyservice.service.vault import Vault
-from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch
+from stip_protocol.errors import InstanceRefused, IntegrityError, ManifestMismatch, UserRefused
 from stip_protocol.leakage import REPORT_LIMIT, REPORT_NAME, Leakage
 from stip_protocol.manifest import SIGNING, ClientManifest, Manifest, check_files
 from stip_protocol.release import Grant
@@ -58,6 +59,11 @@ class Epoch:
     leakage: Leakage | None
     """What an audit measured, by the signed manifest; None where there was none."""
 
+    def serves(self, now: int) -> bool:
+        """Whether sessions may run: it is released, or drains and has not drained yet."""
+        drained = self.drain_until is not None and self.drain_until <= now
+        return self.state == "active" or (self.state == "draining" and not drained)
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -82,10 +88,10 @@ class Instance:
         """The epoch of that number, removed or not."""
         return next((epoch for epoch in self.epochs if epoch.number == number), None)
 
-    def released(self, held: Collection[int] = ()) -> Epoch | None:
+    def released(self, held: Collection[int] = (), *, now: int) -> Epoch | None:
         """The epoch that a new session gets: the active one; where the enclave holds others only (`held`; empty: it
-        did not say), the newest of those that drain. None where there is none."""
-        live = [epoch for epoch in self.epochs if epoch.state in ("active", "draining")]
+        did not say), the newest of those that still drain. None where there is none."""
+        live = [epoch for epoch in self.epochs if epoch.serves(now)]
         fitting = [epoch for epoch in live if epoch.number in held] if held else live
         return max(fitting, key=lambda epoch: (epoch.state == "active", epoch.number), default=None)
 
@@ -174,16 +180,34 @@ def allow(db: Connection, instance: str, user: User) -> None:
     db.execute(insert_into(db, members).values(instance=instance, user=user.id).on_conflict_do_nothing())
 
 
+def disallow(db: Connection, instance: str, user: User) -> None:
+    """End the membership of `user` in a shared instance. Raises `InstanceRefused`, `UserRefused`."""
+    if _present(db, instance).kind != "shared":
+        raise InstanceRefused.because("instance", "one dedicated to a domain", "a shared instance")
+    member = members.c.instance == instance, members.c.user == user.id
+    if db.execute(delete(members).where(*member)).rowcount == 0:
+        raise UserRefused.because("user", "not a member of this instance", "a member; see `instances show`")
+
+
 def activate(db: Connection, instance: str, epoch: int, *, drain_until: int | None) -> Instance:
     """Release `epoch` from now on; the one released so far drains, its leases are renewed until `drain_until`.
 
-    Raises `InstanceRefused` where the epoch does not stand by.
+    One that drains can be released again: the way back. Raises `InstanceRefused` where it neither drains nor stands by.
     """
-    _require_state(_present(db, instance), epoch, "standby")
+    _require_state(_present(db, instance), epoch, "standby", "draining")
     drained = {"state": "draining", "drain_until": drain_until}
     db.execute(update(epochs).where(epochs.c.instance == instance, epochs.c.state == "active").values(**drained))
-    db.execute(update(epochs).where(*_at(instance, epoch)).values(state="active"))
+    db.execute(update(epochs).where(*_at(instance, epoch)).values(state="active", drain_until=None))
     return by_id(db, instance)
+
+
+def require_idle(db: Connection, instance: str, epoch: int, *, now: int) -> None:
+    """Raises `InstanceRefused` while sessions may run on an epoch, and there are leases of it."""
+    found = by_id(db, instance).epoch(epoch)
+    running = running_leases(db, instance, now=now).get(epoch, 0)
+    if found is not None and found.serves(now) and running:
+        allowed = "none: wait until it has drained, or end them with --now"
+        raise InstanceRefused.because(f"epoch {epoch}", f"{running} running leases", allowed)
 
 
 def retire(db: Connection, vault: Vault, instance: str, epoch: int, *, now: int) -> Instance:
@@ -222,6 +246,23 @@ def everything(db: Connection, *, removed: bool = False) -> Sequence[Instance]:
     """All present instances, oldest first; with `removed`, also those that were removed."""
     rows = db.execute(select(instances).order_by(instances.c.added_at, instances.c.id)).all()
     return [found for found in (_instance(db, row) for row in rows) if removed or not found.removed]
+
+
+def running_leases(db: Connection, instance: str, *, now: int) -> dict[int, int]:
+    """By epoch, how many leases of an instance are in their time and not revoked."""
+    counted = select(leases.c.epoch, func.count().label("leases")).group_by(leases.c.epoch)
+    running = leases.c.instance == instance, leases.c.expires > now, leases.c.revoked.is_(None)
+    return {row.epoch: row.leases for row in db.execute(counted.where(*running))}
+
+
+def of_domain(db: Connection, domain: str) -> Sequence[Instance]:
+    """The present instances that are dedicated to a domain."""
+    return [instance for instance in everything(db) if instance.domain == domain]
+
+
+def domain_subject(domain: str) -> str:
+    """What the data key of a trust domain is the key of."""
+    return f"domain/{domain}"
 
 
 def _present(db: Connection, instance: str) -> Instance:
@@ -263,7 +304,7 @@ def _remove_epoch(db: Connection, vault: Vault, instance: str, number: int, now:
 
 
 def _domain_key(db: Connection, vault: Vault, domain: str, now: int) -> bytes:
-    subject = f"domain/{domain}"
+    subject = domain_subject(domain)
     return vault.find(db, subject) or vault.make(db, subject, parent=None, now=now)
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, delete, insert, select, update
 
-from stip_keyservice.service import budgets
+from stip_keyservice.service import budgets, usage
 from stip_keyservice.service.instances import Epoch, Instance
-from stip_keyservice.service.policy import LeasePolicy
+from stip_keyservice.service.policy import Budgets, LeasePolicy
 from stip_keyservice.service.release import Applicant
 from stip_keyservice.service.state.schema import leases
 from stip_keyservice.service.users import Device, User
@@ -97,6 +97,7 @@ def issue(
     of: tuple[Instance, Epoch],
     policy: LeasePolicy,
     *,
+    caps: Budgets,
     now: int,
 ) -> LeaseRecord:
     """Debit a first chunk and record a lease for it. Raises `BudgetSpent`.
@@ -105,7 +106,7 @@ def issue(
     """
     (user, device), (instance, epoch) = holder, of
     wanted = applicant.claims.tokens or policy.tokens
-    tokens = budgets.debit(db, user.id, min(wanted, policy.tokens))
+    tokens = budgets.debit(db, user.id, min(wanted, policy.tokens), caps, now=now)
     if tokens == 0:
         raise BudgetSpent.because("budget", "0 tokens left", "at least 1")
     db.execute(delete(leases).where(leases.c.expires < now - policy.grace_seconds - KEPT_SECONDS))
@@ -126,9 +127,10 @@ def issue(
         tokens=tokens,
         fed=0,
         not_before=now,
-        expires=min(now + policy.seconds, applicant.delegation.expires),
+        expires=_end(now, policy, applicant.delegation.expires, epoch),
     )
     db.execute(insert(leases).values(**vars(record)))
+    usage.record(db, user.id, now=now, debited=tokens, leases=1)
     return record
 
 
@@ -154,7 +156,14 @@ def answered(record: LeaseRecord, heartbeat: bytes) -> bytes | None:
 
 
 def renew(
-    db: Connection, record: LeaseRecord, heartbeat: Heartbeat, policy: LeasePolicy, *, now: int
+    db: Connection,
+    record: LeaseRecord,
+    heartbeat: Heartbeat,
+    epoch: Epoch,
+    policy: LeasePolicy,
+    *,
+    caps: Budgets,
+    now: int,
 ) -> tuple[LeaseRecord, int]:
     """The record's next serial, and the tokens debited for it.
 
@@ -173,7 +182,7 @@ def renew(
     if heartbeat.fed > record.tokens:
         raise LeaseSpent.because("heartbeat fed", heartbeat.fed, f"at most {record.tokens}, the lease's mark")
     target = heartbeat.fed + min(heartbeat.wanted, policy.tokens)
-    debited = budgets.debit(db, record.user, max(0, target - record.tokens))
+    debited = budgets.debit(db, record.user, max(0, target - record.tokens), caps, now=now)
     if heartbeat.wanted and record.tokens + debited <= heartbeat.fed:
         raise BudgetSpent.because("budget", "0 tokens left", "at least 1")
     renewed = replace(
@@ -182,8 +191,9 @@ def renew(
         tokens=record.tokens + debited,
         fed=heartbeat.fed,
         not_before=now,
-        expires=min(now + policy.seconds, record.delegated_until),
+        expires=_end(now, policy, record.delegated_until, epoch),
     )
+    usage.record(db, record.user, now=now, debited=debited, fed=heartbeat.fed - record.fed, renewals=1)
     return renewed, debited
 
 
@@ -191,3 +201,9 @@ def store_renewal(db: Connection, record: LeaseRecord, heartbeat: bytes, renewal
     """Write a renewed record with the answer that a repeated heartbeat gets."""
     record = replace(record, heartbeat=hashlib.sha256(heartbeat).digest(), renewal=renewal)
     db.execute(update(leases).where(leases.c.handle == record.handle).values(**vars(record)))
+
+
+def _end(now: int, policy: LeasePolicy, delegated_until: int, epoch: Epoch) -> int:
+    """No lease outlives the user's word, nor the time in which its epoch drains."""
+    ends = (now + policy.seconds, delegated_until, epoch.drain_until)
+    return min(end for end in ends if end is not None)

@@ -128,7 +128,7 @@ def examine(
 
 
 def require_entitled(
-    claims: Claims, holder: tuple[User, Device] | None, instance: Instance | None
+    claims: Claims, holder: tuple[User, Device] | None, instance: Instance | None, *, now: int
 ) -> tuple[tuple[User, Device], Instance, Epoch]:
     """Who asks for what, and the epoch they get, where they may have it. Raises `UserRefused`, `InstanceRefused`."""
     if holder is None:
@@ -139,10 +139,10 @@ def require_entitled(
     require_member(holder[0], instance)
     if claims.kind == "grant" and instance.kind != "shared":
         raise InstanceRefused.because("claims kind", "grant for a dedicated instance", "bundle, which carries it")
-    epoch = instance.released(claims.epochs)
+    epoch = instance.released(claims.epochs, now=now)
     if epoch is None:
-        released = ", ".join(str(each.number) for each in instance.epochs if each.state in ("active", "draining"))
-        held = ", ".join(map(str, claims.epochs))
+        released = ", ".join(str(each.number) for each in instance.epochs if each.serves(now))
+        held = ", ".join(map(str, claims.epochs)) or "any"
         raise InstanceRefused.because("claims epochs", held, f"one that is released: {released or 'none'}")
     return holder, instance, epoch
 

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 from sqlalchemy import ColumnElement, Connection, and_, false, func, insert, or_, select, update
 
+from stip_keyservice.service import instances, users
 from stip_keyservice.service.release import EnclaveFacts
 from stip_keyservice.service.state.schema import leases, revocations
 from stip_protocol.errors import ConfigurationError, EnclaveRevoked, InstanceRefused, StipError, UserRefused
@@ -55,18 +56,25 @@ def epoch_subject(instance: str, number: int) -> str:
 def revoke(db: Connection, kind: Kind, subject: str, *, reason: str, now: int) -> tuple[Revocation, int]:
     """Revoke a subject, and end its leases: the revocation and how many leases it ended now.
 
-    Where the subject is revoked already, that revocation stands, and ends what is left. The caller has looked up who
-    the subject is. Raises `ConfigurationError` for a reason or a digest that is none.
+    `subject` is as `subject_of` gives it. Where it is revoked already, that revocation stands, and ends what is left.
+    Raises `ConfigurationError` for a reason that is none.
     """
     if not REASON.fullmatch(reason):
         raise ConfigurationError.because("reason", ascii(reason)[:80], "1 to 128 printable ASCII characters")
-    if kind in ("enclave", "measurement") and not DIGEST.fullmatch(subject):
-        raise ConfigurationError.because(kind, ascii(subject)[:80], "64 hex digits, as `leases list` shows them")
     found = standing(db, [(kind, subject)])
     made = found[0] if found else _make(db, kind, subject, reason, now)
     open_ones = leases.c.revoked.is_(None)
     ended = update(leases).where(open_ones, _MATCHING[kind](db, subject)).values(revoked=made.number)
     return made, db.execute(ended).rowcount
+
+
+def subject_of(db: Connection, kind: Kind, given: str) -> str:
+    """The subject that an operator named: a user by name or id, a device as USER/DEVICE or by id, an epoch as
+    INSTANCE/NUMBER, the others as they stand in a revocation.
+
+    Raises `UserRefused`, `InstanceRefused` where nobody is registered so, `ConfigurationError`.
+    """
+    return _NAMED[kind](db, given)
 
 
 def lift(db: Connection, number: int, *, now: int) -> Revocation:
@@ -77,7 +85,7 @@ def lift(db: Connection, number: int, *, now: int) -> Revocation:
         got = "no such revocation" if row is None else "one that was lifted"
         raise ConfigurationError.because(f"revocation {number}", got, "one of `stip-keyservice revocations list`")
     db.execute(update(revocations).where(here).values(lifted_at=now))
-    return Revocation(**row._mapping | {"lifted_at": now})
+    return Revocation(**dict(row._mapping) | {"lifted_at": now})
 
 
 def everything(db: Connection, *, lifted: bool = False) -> Sequence[Revocation]:
@@ -141,3 +149,35 @@ _MATCHING: dict[Kind, Callable[[Connection, str], ColumnElement[bool]]] = {
     "epoch": _of_epoch,
 }
 """Which leases end with a subject."""
+
+
+def _digest(kind: str, given: str) -> str:
+    if not DIGEST.fullmatch(given.lower()):
+        raise ConfigurationError.because(kind, ascii(given)[:80], "64 hex digits, as `leases list --json` shows them")
+    return given.lower()
+
+
+def _device(db: Connection, given: str) -> str:
+    user, _, name = given.rpartition("/")
+    found = users.find_device(db, users.last_of(db, user), name) if user else users.known_device(db, name)
+    return found.id
+
+
+def _epoch(db: Connection, given: str) -> str:
+    instance, _, number = given.rpartition("/")
+    if not re.fullmatch(r"[0-9]{1,9}", number):
+        raise ConfigurationError.because("epoch", ascii(given)[:80], "INSTANCE/NUMBER")
+    if instances.by_id(db, instance).epoch(int(number)) is None:
+        raise InstanceRefused.because(f"epoch {int(number)}", "not registered", "an epoch of the instance")
+    return epoch_subject(instance, int(number))
+
+
+_NAMED: dict[Kind, Callable[[Connection, str], str]] = {
+    "user": lambda db, given: users.last_of(db, given).id,
+    "device": _device,
+    "enclave": lambda db, given: _digest("enclave", given),
+    "measurement": lambda db, given: _digest("measurement", given),
+    "instance": lambda db, given: instances.by_id(db, given).id,
+    "epoch": _epoch,
+}
+"""How operators name a subject."""

@@ -93,13 +93,14 @@ def add(
     budget that is not allowed.
     """
     _check_name("user name", name)
+    _check_name("device name", device)
     _check_budget(budget, at_least=0)
     if domain is not None:
-        _check_name("domain", domain)
+        require_domain(domain)
     if db.execute(select(users.c.id).where(users.c.name == name, users.c.removed_at.is_(None))).first():
         raise UserRefused("user name: taken; remove that user first or choose another name", field="name")
     user = secrets.token_hex(16)
-    added = {"id": user, "name": name, "domain": domain or f"user/{user}", "budget": budget, "spent": 0}
+    added = {"id": user, "name": name, "domain": domain or own_domain(user), "budget": budget, "spent": 0}
     db.execute(insert(users).values(**added, added_at=now))
     add_device(db, by_id(db, user), device, public_key, now=now)
     return by_id(db, user)
@@ -121,11 +122,26 @@ def add_device(db: Connection, user: User, name: str, public_key: bytes, *, now:
 
 def remove_device(db: Connection, user: User, name: str, *, now: int) -> Device:
     """Refuse what the device signs from now on. Raises `UserRefused` where the user has none of that name."""
-    found = next((device for device in user.devices if device.name == name), None)
-    if found is None:
-        raise UserRefused.because("device", "no such device", "; ".join(one.name for one in user.devices) or "none")
+    found = find_device(db, user, name)
+    if found.removed_at is not None:
+        raise UserRefused.because("device", "one that was removed", _names(user))
     db.execute(update(devices).where(devices.c.id == found.id).values(removed_at=now))
     return found
+
+
+def find_device(db: Connection, user: User, name: str) -> Device:
+    """The user's device of that name: the present one, or else the one removed last. Raises `UserRefused`."""
+    named = select(devices).where(devices.c.user == user.id, devices.c.name == name)
+    rows = db.execute(named.order_by(devices.c.removed_at.is_(None).desc(), devices.c.removed_at.desc())).first()
+    if rows is None:
+        raise UserRefused.because("device", "no such device", _names(user))
+    return Device(**rows._mapping)
+
+
+def rotate_device(db: Connection, user: User, name: str, public_key: bytes, *, now: int) -> Device:
+    """Replace a device's key by a new one: what the old one signed is refused from now on. Raises `UserRefused`."""
+    remove_device(db, user, name, now=now)
+    return add_device(db, by_id(db, user.id), name, public_key, now=now)
 
 
 def remove(db: Connection, name: str, *, now: int) -> User:
@@ -158,12 +174,37 @@ def set_budget(db: Connection, name: str, budget: int) -> User:
     return by_id(db, user.id)
 
 
+def pseudonymise(db: Connection, user: User) -> User:
+    """Replace the names of a removed user and of their devices by what their random ids say."""
+    db.execute(update(users).where(users.c.id == user.id).values(name=f"shredded-{user.id}"))
+    for identity in db.execute(select(devices.c.id).where(devices.c.user == user.id)).scalars().all():
+        db.execute(update(devices).where(devices.c.id == identity).values(name=f"shredded-{identity}"))
+    return by_id(db, user.id)
+
+
+def own_domain(user: str) -> str:
+    """The trust domain of a user (by id) who shares none. No name that anybody may choose looks like it."""
+    return f"user/{user}"
+
+
+def require_domain(name: str) -> str:
+    """A domain's name that an operator chose. Raises `ConfigurationError`."""
+    _check_name("domain", name)
+    return name
+
+
 def by_name(db: Connection, name: str) -> User:
     """The present user of that name. Raises `UserRefused`."""
     row = db.execute(select(users).where(users.c.name == name, users.c.removed_at.is_(None))).first()
     if row is None:
         raise UserRefused("user name: no such user; see `stip-keyservice users list`", field="name")
     return _user(db, row)
+
+
+def last_of(db: Connection, name_or_id: str) -> User:
+    """The present user of that name, or the one of that id, removed or not. Raises `UserRefused`."""
+    row = db.execute(select(users).where(users.c.id == name_or_id)).first()
+    return by_name(db, name_or_id) if row is None else _user(db, row)
 
 
 def by_id(db: Connection, user: str) -> User:
@@ -182,11 +223,31 @@ def device(db: Connection, identity: str) -> Device:
     return Device(**db.execute(select(devices).where(devices.c.id == identity)).one()._mapping)
 
 
+def known_device(db: Connection, identity: str) -> Device:
+    """The device of an id that somebody typed. Raises `UserRefused`."""
+    row = db.execute(select(devices).where(devices.c.id == identity)).first()
+    if row is None:
+        raise UserRefused(
+            "device: no such device; name it USER/DEVICE, see `stip-keyservice users list`", field="device"
+        )
+    return Device(**row._mapping)
+
+
+def devices_of(db: Connection, user: User) -> Sequence[Device]:
+    """All devices of a user, removed ones included, oldest first."""
+    query = select(devices).where(devices.c.user == user.id).order_by(devices.c.added_at, devices.c.name)
+    return [Device(**row._mapping) for row in db.execute(query)]
+
+
 def everyone(db: Connection, *, removed: bool = False) -> Sequence[User]:
     """All present users by name; with `removed`, also those who were removed."""
     query = select(users).order_by(users.c.name, users.c.added_at)
     rows = db.execute(query if removed else query.where(users.c.removed_at.is_(None))).all()
     return [_user(db, row) for row in rows]
+
+
+def _names(user: User) -> str:
+    return "; ".join(one.name for one in user.devices) or "none"
 
 
 def _check_name(field: str, name: str) -> None:

@@ -1,8 +1,7 @@
 """What an enclave must hear of its leases: found in the state, whichever process changed it.
 
-A lease has *ended* where it was revoked, where its user was removed, disabled or may not use the instance any more,
-where its device was removed, or where its epoch was retired or has drained. It is *superseded* while its epoch drains.
-An instance or an epoch is *closed* where it was revoked or retired: whoever holds its grant must drop it.
+A lease has *ended* as `endings` says. It is *superseded* while its epoch drains. An instance or an epoch is *closed*
+where it was revoked or retired: whoever holds its grant must drop it.
 
 Found anew at each look and compared with what was told before, so that nothing is missed: not what another replica or
 the command line did, not what happened while nobody watched. A link key is told of its own leases alone.
@@ -18,8 +17,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, and_, or_, select
 
+from stip_keyservice.service import endings
 from stip_keyservice.service.revocations import epoch_subject
-from stip_keyservice.service.state.schema import devices, epochs, instances, leases, members, revocations, users
+from stip_keyservice.service.state.schema import epochs, leases, revocations
 from stip_protocol.release import HANDLES_LIMIT, Notice
 
 KEYS_AT_ONCE = 500
@@ -96,28 +96,12 @@ def changes(told: Standing, found: Standing) -> Iterator[Change]:
 
 def _query(keys: Sequence[bytes], now: int, grace: int) -> Select[Any]:
     """Leases of these link keys that have ended or are superseded, by key."""
-    draining = epochs.c.state == "draining"
-    ended = or_(
-        leases.c.revoked.is_not(None),
-        users.c.removed_at.is_not(None),
-        users.c.disabled_at.is_not(None),
-        devices.c.removed_at.is_not(None),
-        epochs.c.state == "removed",
-        and_(draining, epochs.c.drain_until <= now),
-        and_(instances.c.kind == "shared", members.c.user.is_(None)),
-    )
-    joined = (
-        leases.join(users, users.c.id == leases.c.user)
-        .join(devices, devices.c.id == leases.c.device)
-        .join(instances, instances.c.id == leases.c.instance)
-        .join(epochs, and_(epochs.c.instance == leases.c.instance, epochs.c.number == leases.c.epoch))
-        .outerjoin(members, and_(members.c.instance == leases.c.instance, members.c.user == leases.c.user))
-    )
     columns = (leases.c.link_key_digest, leases.c.handle, leases.c.instance, leases.c.epoch, leases.c.expires)
+    ended = endings.ended(now)
     return (
         select(*columns, ended.label("ended"))
-        .select_from(joined)
-        .where(leases.c.link_key_digest.in_(keys), or_(ended, and_(draining, leases.c.expires > now - grace)))
+        .select_from(endings.JOINED)
+        .where(leases.c.link_key_digest.in_(keys), or_(ended, and_(endings.DRAINING, leases.c.expires > now - grace)))
         .order_by(leases.c.link_key_digest)
     )
 

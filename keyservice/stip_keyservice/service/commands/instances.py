@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import click
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy import Connection
 
 from stip_keyservice.service import instances, users
 from stip_keyservice.service.commands.room import home_option, json_option, moment, open_room, show, table
@@ -26,7 +28,11 @@ def group() -> None:
 
 @group.command("add")
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--dedicated-to", metavar="USER", help="Trust domain of one user: the grant travels in their bundle.")
+@click.option(
+    "--dedicated-to",
+    metavar="USER|domain:NAME",
+    help="Trust domain of one user, or one that several share: the grant travels in their bundles.",
+)
 @click.option("--shared", is_flag=True, help="Trust domain of several users, who accept to be readable by each other.")
 @click.option(
     "--policy",
@@ -44,11 +50,16 @@ def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Pa
     is there, and so is the report of the audit that the manifest sums up, if it does, and secrets.sealed belongs to
     this very manifest. The directory is not needed afterwards.
 
+    The first epoch of an instance is released at once. A later one (`protect --instance ID --epoch N`) is for the same
+    users, stands by, and is released with `stip-keyservice epochs activate`.
+
     Any member of a shared instance who colludes with the operator can read the others. Choose --dedicated-to where
     users do not trust each other.
     """
     if shared == (dedicated_to is not None):
-        raise click.UsageError("Say who the instance is for: either --dedicated-to USER or --shared.")
+        raise click.UsageError(
+            "Say who the instance is for: --dedicated-to USER, --dedicated-to domain:NAME or --shared."
+        )
     policy = None if policy_file is None else Policy.load(policy_file)
     with open_room(home, create=True) as room, room.decision("instance_added") as trail:
         inspected = instances.inspect(directory, room.home.developer.public_key(), room.home.sealing)
@@ -57,8 +68,10 @@ def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Pa
         if policy is not None:
             policy.require_measured(manifest.leakage, manifest.preset)
         with room.store.write() as db:
-            domain = None if dedicated_to is None else users.by_name(db, dedicated_to).domain
+            domain = None if dedicated_to is None else _domain(db, dedicated_to)
             trail.subject |= {"kind": "shared" if domain is None else "dedicated", "epoch": manifest.epoch}
+            if instances.find(db, manifest.instance) is not None:
+                trail.event = "epoch_added"
             instance = instances.add(db, inspected, vault=room.vault, domain=domain, now=trail.now)
             room.audit.append(db, trail)
     if policy is None:
@@ -87,8 +100,8 @@ def show_instance(instance: str, home: Path | None) -> None:
 def remove(instance: str, home: Path | None) -> None:
     """Refuse INSTANCE from now on and destroy its stored grant.
 
-    Running sessions end at their next heartbeat. Without the developer's copy of secrets.sealed nobody can open the
-    instance again.
+    Running sessions end at once where their enclave watches, at their next heartbeat anyway. Without the developer's
+    copy of secrets.sealed nobody can open the instance again.
     """
     with open_room(home) as room:
         with room.decision("instance_removed") as trail, room.store.write() as db:
@@ -108,6 +121,12 @@ def list_instances(removed: bool, home: Path | None) -> None:
     with open_room(home) as room, room.store.read() as db:
         found = list(instances.everything(db, removed=removed))
     show([_document(instance) for instance in found], lambda: _table(found))
+
+
+def _domain(db: Connection, given: str) -> str:
+    """USER|domain:NAME. No user's name has a colon."""
+    kind, _, name = given.rpartition(":")
+    return users.require_domain(name) if kind == "domain" else users.by_name(db, given).domain
 
 
 def _document(instance: Instance) -> dict[str, Any]:
@@ -137,7 +156,7 @@ def _epoch(epoch: Epoch) -> dict[str, Any]:
 
 def _shown(instance: Instance) -> Epoch:
     """The epoch that is released, or else the newest."""
-    return instance.released() or instance.epochs[-1]
+    return instance.released(now=int(time.time())) or instance.epochs[-1]
 
 
 def _leakage(epoch: Epoch) -> dict[str, Any] | None:
