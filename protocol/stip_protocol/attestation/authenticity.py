@@ -6,7 +6,6 @@ Verification of evidence checks all of this again, together with the quote.
 from __future__ import annotations
 
 import hmac
-from datetime import datetime
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -15,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from stip_protocol.attestation.certificates import CA_CHAIN, Certificate, require_crl_chain, require_tcb_signer
 from stip_protocol.attestation.collateral import Collateral
-from stip_protocol.attestation.gates import QE_IDENTITY_VERSION, TCB_INFO_VERSION
+from stip_protocol.attestation.gates import QE_IDENTITY_VERSION, TCB_INFO_VERSION, at
 from stip_protocol.attestation.platforms import PlatformKind
 from stip_protocol.errors import CollateralExpired, EvidenceRefused
 
@@ -23,10 +22,10 @@ IDENTITIES = {"sgx": "QE", "tdx": "TD_QE"}
 """Id of the quoting enclave's identity by TEE."""
 
 
-def require_authentic(collateral: Collateral, kind: PlatformKind, anchor: bytes, now: datetime) -> None:
-    """Hold collateral to its root (DER), to the platform it was asked for, and to its dates.
+def require_authentic(collateral: Collateral, kind: PlatformKind, anchor: bytes) -> None:
+    """Hold collateral to its root (DER) and to the platform it was asked for.
 
-    Raises `EvidenceRefused` (another root, signer or platform, a signature that does not hold), `CollateralExpired`.
+    Raises `EvidenceRefused`: another root, signer or platform, a signature that does not hold.
     """
     chains = (
         ("TCB info", collateral.tcb_chain),
@@ -53,10 +52,15 @@ def require_authentic(collateral: Collateral, kind: PlatformKind, anchor: bytes,
     for what, crl, issuer in (("root CRL", collateral.root_crl, root), ("PCK CRL", collateral.pck_crl, authority)):
         if crl.issuer != issuer.parsed.subject or not crl.is_signature_valid(_key(issuer, what)):
             raise EvidenceRefused.because(what, "not issued by its CA", f"issued by {issuer.name!a}")
+
+
+def require_current(collateral: Collateral, now: int) -> None:
+    """Hold collateral to its dates at `now` (Unix seconds). Raises `CollateralExpired`."""
+    moment = at(now)
     for window in collateral.windows():
-        if not window.opens <= now <= window.closes:
+        if not window.opens <= moment <= window.closes:
             allowed = f"{window.opens:%Y-%m-%dT%H:%M:%SZ} to {window.closes:%Y-%m-%dT%H:%M:%SZ}"
-            raise CollateralExpired.because(window.what, f"{now:%Y-%m-%dT%H:%M:%SZ}", allowed)
+            raise CollateralExpired.because(window.what, f"{moment:%Y-%m-%dT%H:%M:%SZ}", allowed)
 
 
 def _require_signed(signer: Certificate, data: bytes, signature: bytes, what: str) -> None:

@@ -2,7 +2,8 @@
 
 A file is named after its platform (`sgx-00a067110000-platform.json`), holds `QuoteCollateralV3` JSON that can be read
 by anybody (mode 0644, as apt keeps its lists: it is public and signed), and appears whole or not at all. What lies in
-it is parsed and held to its platform again whenever it is read: a file that somebody damaged is as good as none.
+it is parsed, and held to its signatures and platform again, whenever it is read: a file that somebody damaged or forged
+is as good as none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from stip_protocol.attestation.authenticity import require_authentic
 from stip_protocol.attestation.collateral import Collateral
 from stip_protocol.attestation.evidence import COLLATERAL_LIMIT
 from stip_protocol.attestation.platforms import PlatformKind
@@ -59,9 +61,9 @@ class Kept:
 class CollateralCache:
     """A folder of collateral. Safe between threads and processes."""
 
-    def __init__(self, folder: Path) -> None:
-        """Makes the folder where there is none. Raises `ConfigurationError`."""
-        self._folder = folder
+    def __init__(self, folder: Path, anchor: bytes) -> None:
+        """`anchor`: DER of the root. Makes the folder where there is none. Raises `ConfigurationError`."""
+        self._folder, self._anchor = folder, anchor
         try:
             folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         except OSError as error:
@@ -81,9 +83,10 @@ class CollateralCache:
             raise ConfigurationError(f"collateral cache {self._folder}: {error.strerror}", field="cache") from None
         try:
             kept = Kept.parse(data)
+            require_authentic(kept.collateral, kind, self._anchor)
         except AttestationError:
             return None
-        return kept if kept.kind == kind else None
+        return kept
 
     def stamp(self, kind: PlatformKind) -> tuple[int, ...] | None:
         """Another one for every file that was ever put there; None where there is none."""
@@ -96,9 +99,10 @@ class CollateralCache:
     def store(self, data: bytes) -> Kept:
         """Keep collateral, unless newer is kept already; gives what is kept then.
 
-        Raises what `Kept.parse` raises, and `ConfigurationError` where it cannot be written, or there is no room.
+        Raises `EvidenceMalformed`, `EvidenceRefused`, `ConfigurationError` (it cannot be written, or there is no room).
         """
         new = Kept.parse(data)
+        require_authentic(new.collateral, new.kind, self._anchor)
         try:
             with self._locked():
                 old = self.read(new.kind)

@@ -14,16 +14,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from pydantic import Field
 
 from stip_protocol.attestation import collateral_bundle
-from stip_protocol.attestation.authenticity import require_authentic
+from stip_protocol.attestation.authenticity import require_authentic, require_current
 from stip_protocol.attestation.collateral_cache import CollateralCache, Kept
 from stip_protocol.attestation.pccs import Endpoint, PccsClient
 from stip_protocol.attestation.platforms import PlatformKind
-from stip_protocol.errors import AttestationError, CollateralUnavailable, ConfigurationError, StipError
+from stip_protocol.errors import CollateralUnavailable, ConfigurationError, StipError
 from stip_protocol.runtime.config import ConfigPath, Settings
 
 FETCHES = 4
@@ -60,7 +59,7 @@ class Shelf:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A file whose content was found authentic."""
+    """A file of the cache as it was read."""
 
     stamp: tuple[int, ...]
     kept: Kept
@@ -76,7 +75,7 @@ class CollateralSource:
         Raises `ConfigurationError` (folder, CA file, bundle file), and what `import_bundle` raises.
         """
         self._settings, self._anchor, self._clock = settings, anchor, clock
-        self._cache = CollateralCache(settings.cache)
+        self._cache = CollateralCache(settings.cache, anchor)
         self._client = PccsClient(settings.endpoints, anchor, clock=clock) if settings.endpoints else None
         self._threads = ThreadPoolExecutor(FETCHES, thread_name_prefix="collateral")
         self._lock = threading.Lock()
@@ -138,9 +137,9 @@ class CollateralSource:
 
         Raises `EvidenceRefused`, `CollateralExpired`, `ConfigurationError`: then nothing of it was kept.
         """
-        now = datetime.fromtimestamp(self._clock(), tz=UTC)
         for kept in found:
-            require_authentic(kept.collateral, kept.kind, self._anchor, now)
+            require_authentic(kept.collateral, kept.kind, self._anchor)
+            require_current(kept.collateral, int(self._clock()))
         return [self._cache.store(kept.data) for kept in found]
 
     def shelves(self) -> list[Shelf]:
@@ -162,18 +161,11 @@ class CollateralSource:
         seen = self._seen.get(kind)
         if seen is None or seen.stamp != stamp:
             kept = self._cache.read(kind)
-            if kept is None or not self._authentic(kept):
+            if kept is None:
                 return None
             opens = max(window.opens for window in kept.collateral.windows())
             seen = self._seen[kind] = _Seen(stamp, kept, int(opens.timestamp()))
         return seen.kept if seen.opens <= now <= seen.kept.expires else None
-
-    def _authentic(self, kept: Kept) -> bool:
-        try:
-            require_authentic(kept.collateral, kept.kind, self._anchor, datetime.fromtimestamp(self._clock(), tz=UTC))
-        except AttestationError:
-            return False
-        return True
 
     def _refresh_due(self, kept: Kept) -> int:
         return int(kept.expires - (kept.expires - kept.issued) * self._settings.refresh_share)

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -25,7 +24,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import httpx2
 from pydantic import AfterValidator, Field
 
-from stip_protocol.attestation.authenticity import require_authentic
+from stip_protocol.attestation.authenticity import require_authentic, require_current
 from stip_protocol.attestation.collateral import Collateral, assemble
 from stip_protocol.attestation.evidence import COLLATERAL_LIMIT
 from stip_protocol.attestation.platforms import PlatformKind
@@ -218,7 +217,9 @@ class PccsClient:
             qe_identity_signature=qe_signature,
         )
         try:
-            require_authentic(Collateral.parse(data), kind, self._anchor, datetime.fromtimestamp(self._clock(), tz=UTC))
+            collateral = Collateral.parse(data)
+            require_authentic(collateral, kind, self._anchor)
+            require_current(collateral, int(self._clock()))
         except AttestationError as error:
             raise Permanent(error.message) from None
         return data
