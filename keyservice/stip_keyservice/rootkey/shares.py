@@ -67,22 +67,22 @@ class SharesProvider:
     """Shares are read from the files that `home.toml` names, or asked for: a start takes M people."""
 
     def __init__(self, settings: SharesSettings, home: Path) -> None:
-        self._settings, self._home = settings, home
+        self.settings, self._home = settings, home
 
     def keep(self, key: bytes) -> SharesSettings:
-        public = X25519PublicKey.from_public_bytes(bytes.fromhex(self._settings.public_key))
-        return self._settings.model_copy(update={"wrapped": SUITE.encrypt(key, public, _INFO).hex()})
+        public = X25519PublicKey.from_public_bytes(bytes.fromhex(self.settings.public_key))
+        return self.settings.model_copy(update={"wrapped": SUITE.encrypt(key, public, _INFO).hex()})
 
     def load(self) -> bytes:
-        return self.open(read(self._settings, [self._home / path for path in self._settings.files]))
+        return self.open(read(self.settings, [self._home / path for path in self.settings.files]))
 
     def open(self, shares: Sequence[str]) -> bytes:
         """The root key, by these shares. Raises what `combine` raises, `IntegrityError`."""
-        if self._settings.wrapped is None:
+        if self.settings.wrapped is None:
             raise ConfigurationError("shares: no root key was sealed to this recovery key")
-        private = combine(self._settings, shares)
+        private = combine(self.settings, shares)
         try:
-            return SUITE.decrypt(bytes.fromhex(self._settings.wrapped), private, _INFO)
+            return SUITE.decrypt(bytes.fromhex(self.settings.wrapped), private, _INFO)
         except (InvalidTag, ValueError):
             raise IntegrityError("root key sealed to the recovery key: altered") from None
 

@@ -59,6 +59,11 @@ class Vault:
         present = data_keys.c.id == identity, data_keys.c.destroyed_at.is_(None)
         db.execute(update(data_keys).where(*present).values(wrapped=None, destroyed_at=now))
 
+    def root_id(self, db: Connection) -> bytes | None:
+        """Under which root key the database says it is; None before it had a data key."""
+        said = db.execute(select(meta.c.value).where(meta.c.key == _ROOT)).scalar()
+        return None if said is None else bytes.fromhex(said)
+
     def rewrap(self, db: Connection, root: RootKey) -> int:
         """Put every top-level data key under another root key, and say so in the database; returns how many moved.
 
@@ -72,11 +77,11 @@ class Vault:
         self._say(db, root.id)
         return len(moved)
 
-    def require_under(self, db: Connection, identity: bytes) -> None:
-        """Raises `IntegrityError` where a top-level data key is under another root key than that."""
-        strays = sum(wrapped_under(row.wrapped) != identity for row in self._tops(db))
-        if strays:
-            raise IntegrityError(f"state: {strays} data keys are under another root key")
+    def claim(self, db: Connection) -> None:
+        """Say that the database is under this root key. Raises `IntegrityError` where it is under another one."""
+        if self.root_id(db) is None:
+            self._say(db, self._root.id)
+        self._root.under(self.root_id(db) or b"")
 
     def everything(self, db: Connection) -> Sequence[Row[tuple[object, ...]]]:
         """The data keys that were not destroyed."""
@@ -91,11 +96,8 @@ class Vault:
 
     def _top(self, db: Connection) -> RootKey:
         """The root key for new top-level data keys: the one that the database is under."""
-        said = db.execute(select(meta.c.value).where(meta.c.key == _ROOT)).scalar()
-        if said is None:
-            self._say(db, self._root.id)
-            return self._root
-        return self._root.under(bytes.fromhex(said))
+        self.claim(db)
+        return self._root.under(self.root_id(db) or b"")
 
     def _say(self, db: Connection, identity: bytes) -> None:
         stored = insert_into(db, meta).values(key=_ROOT, value=identity.hex())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from stip_keyservice.home import DEFAULT_HOME, HOME_VARIABLE, Home
+from stip_keyservice.home import DEFAULT_HOME, HOME_VARIABLE, Home, exists, locate
 from stip_keyservice.service.auditlog import AuditLog, Event, Trail
-from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.state.store import Store, open_store
 from stip_keyservice.service.vault import Vault, open_vault
 from stip_protocol.errors import ConfigurationError
 
@@ -71,11 +70,11 @@ def open_room(home: Path | None, *, create: bool = False) -> Iterator[Room]:
 
     Raises `ConfigurationError`.
     """
-    path = (home or Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)).expanduser()
-    if not create and not (path / "state.db").is_file():
+    path = locate(home)
+    if not create and not exists(path):
         raise ConfigurationError.because("home", f"{path}, which holds no state.db", "the home of a key service")
     opened = Home.open(path)
-    store = Store(opened.database)
+    store = open_store(opened)
     try:
         yield Room(opened, store, open_vault(opened), AuditLog(store, opened.service))
     finally:

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from stip_keyservice.home import Home
 from stip_keyservice.service.state import revisions
 from stip_keyservice.service.state.postgres import Postgres
 from stip_keyservice.service.state.sqlite import Sqlite
@@ -97,6 +98,11 @@ class Store:
             self.observe(kind, time.perf_counter() - began)
 
 
+def open_store(home: Home) -> Store:
+    """The database of a home. Raises what `Store` raises."""
+    return Store(home.database, password_file=home.password_file)
+
+
 def backend(where: Path | URL, password_file: Path | None = None) -> Backend:
     """The database at a path, or of a URL, whatever its schema."""
     return Sqlite(where) if isinstance(where, Path) else Postgres(where, password_file)
@@ -117,4 +123,9 @@ def available(database: Backend) -> Iterator[None]:
 
 def insert_into(db: Connection, table: Table) -> Any:
     """An INSERT that knows ON CONFLICT, which both databases have and SQLAlchemy's own form has not."""
-    return {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[db.dialect.name](table)
+    return insert_of(db.dialect.name, table)
+
+
+def insert_of(dialect: str, table: Table) -> Any:
+    """The same for a dialect by name: for statements that are built once."""
+    return {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](table)
