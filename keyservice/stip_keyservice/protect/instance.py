@@ -8,6 +8,7 @@ passed: an instance that is there is whole. A run that was interrupted is gone o
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ from stip_protocol.errors import ConfigurationError, IntegrityError, ManifestMis
 from stip_protocol.manifest import Manifest, Preset
 from stip_protocol.secrets_file import InstanceSecrets, grant_of, seal_secrets
 
+INSTANCE = re.compile(r"[0-9a-f]{32}")
+"""How an instance is named."""
+
 
 @dataclass(frozen=True)
 class Protected:
@@ -58,6 +62,7 @@ def protect(
     seal_to: X25519PublicKey,
     restart_key: X25519PrivateKey | None = None,
     epoch: int = 0,
+    instance: str | None = None,
     accept_tied_head: bool = False,
     accept_token_cipher: bool = False,
     samples: int = 4,
@@ -69,7 +74,8 @@ def protect(
 
     The manifest is signed by `developer`; the root secret leaves this process only sealed: to `seal_to`, and while
     the instance is unfinished to `restart_key`, the home's own (None: a key that nobody has, so that nobody can go
-    on). `workers` threads compute, by default one for each core, as far as the promised memory goes.
+    on). With `instance` it is another epoch (1 or later) of one that exists, under keys as fresh as any. `workers`
+    threads compute, by default one for each core, as far as the promised memory goes.
 
     Raises `ConfigurationError` (bad input, a disk that is full or fails) and `IntegrityError` where the protected
     instance does not compute what its source computes. A call that ends before any of its files is finished leaves
@@ -80,6 +86,7 @@ def protect(
         raise ConfigurationError.because("samples", samples, f"1 to {SAMPLES_LIMIT}")
     if workers is not None and not 1 <= workers <= WORKERS_LIMIT:
         raise ConfigurationError.because("workers", workers, f"1 to {WORKERS_LIMIT}")
+    _require_epoch_of(instance, epoch)
     preset_named(preset)
     source = Checkpoint.open(model)
     stages = Stages(progress)
@@ -90,6 +97,7 @@ def protect(
             folder=workspace.number,
             preset=preset,
             epoch=epoch,
+            instance=instance,
             seal_to=seal_to.public_bytes_raw().hex(),
             accept_tied_head=accept_tied_head,
             accept_token_cipher=accept_token_cipher,
@@ -105,6 +113,17 @@ def protect(
         )
         workspace.publish()
     return result
+
+
+def _require_epoch_of(instance: str | None, epoch: int) -> None:
+    """The first epoch draws the instance's name, a later one may be told it. Raises `ConfigurationError`."""
+    if instance is None:
+        return
+    if not INSTANCE.fullmatch(instance):
+        allowed = "32 hex digits, as `instances list` shows them"
+        raise ConfigurationError.because("instance", ascii(instance)[:80], allowed)
+    if epoch < 1:
+        raise ConfigurationError.because("epoch", epoch, "1 or more: the next epoch of an instance that exists")
 
 
 @contextmanager
@@ -131,7 +150,7 @@ def _identity(
         record.require_same(inputs, workspace.folder)
         return record.secrets(restart_key, workspace.folder)
     drawn = InstanceSecrets(
-        instance=secrets.token_hex(16),
+        instance=inputs.instance or secrets.token_hex(16),
         epoch=inputs.epoch,
         preset=inputs.preset,
         manifest_digest=bytes(32),  # there is no manifest yet

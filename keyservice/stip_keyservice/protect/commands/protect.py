@@ -47,6 +47,7 @@ TITLES = 14
 EPILOG = """\b
 Examples:
   stip-keyservice protect ./llama --preset hardened --out ./instance
+  stip-keyservice protect ./llama --instance 0123456789abcdef0123456789abcdef --epoch 1 --out ./next
   stip-keyservice protect ./gpt2 --preset paper --accept-tied-head --out ./instance --json
 
 \b
@@ -90,7 +91,12 @@ kept, and the message says so.
     type=click.IntRange(0, 2**31 - 1),
     default=0,
     show_default=True,
-    help="Number of this set of keys; raise it when you protect the same model again.",
+    help="Number of this set of keys; raise it when you protect an instance's model again, see --instance.",
+)
+@click.option(
+    "--instance",
+    metavar="ID",
+    help="Make the next epoch of this instance, with an --epoch of 1 or more.  [default: a fresh instance]",
 )
 @click.option(
     "--seal-to",
@@ -132,6 +138,7 @@ def protect(
     out: Path,
     home: Path | None,
     epoch: int,
+    instance: str | None,
     seal_to: Path | None,
     accept_tied_head: bool,
     accept_token_cipher: bool,
@@ -165,6 +172,7 @@ def protect(
                 seal_to=recipient,
                 restart_key=opened.sealing,
                 epoch=epoch,
+                instance=instance,
                 accept_tied_head=accept_tied_head,
                 accept_token_cipher=accept_token_cipher,
                 workers=workers,

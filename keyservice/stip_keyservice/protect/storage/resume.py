@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stip_protocol.documents import Document, Signed
 from stip_protocol.errors import ConfigurationError, StipError
-from stip_protocol.lease import Epoch
+from stip_protocol.lease import Epoch, InstanceId
 from stip_protocol.manifest import Preset
 from stip_protocol.secrets_file import InstanceSecrets, open_secrets, seal_secrets
 
@@ -42,6 +42,8 @@ class Inputs(BaseModel):
     """Inode of the folder in which the instance is made."""
     preset: Preset
     epoch: Epoch
+    instance: InstanceId | None = None
+    """The instance that this is another epoch of; None: a fresh one."""
     seal_to: str
     """The recipient's X25519 public key, in hexadecimal."""
     accept_tied_head: bool
