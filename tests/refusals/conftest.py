@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from stip_stack.tee import SimulatedPlatform
-from tests.keyservice.conftest import MEASUREMENT, START, served
+from tests.keyservice.conftest import MEASUREMENT, START, Clock, World, served
 from tests.refusals.forge import Forge
 from tests.refusals.scene import Service
 from tests.refusals.table import Case, Rules, Section
@@ -50,7 +50,14 @@ async def services(
             if name not in opened:
                 folder = tmp_path_factory.mktemp("service")
                 world = await stack.enter_async_context(served(folder, platform, tables, limits=limits))
-                opened[name] = Service(world, forge, stranger)
+
+                async def another(*, replica: World | None = None, ahead: int = 0, rules: Rules | None = None) -> World:
+                    where = tmp_path_factory.mktemp("another") if replica is None else folder
+                    clock = Clock(world.clock.now + ahead)
+                    told = merged(tables, rules or {}, forge)
+                    return await stack.enter_async_context(served(where, platform, told, clock, limits=limits))
+
+                opened[name] = Service(world, forge, stranger, another, stack)
             return opened[name]
 
         yield service
@@ -70,8 +77,11 @@ def ordinary(platform: SimulatedPlatform) -> dict[str, dict[str, Any]]:
 
 
 def merged(tables: dict[str, dict[str, Any]], rules: Rules, forge: Forge) -> dict[str, dict[str, Any]]:
-    made = {name: dict(values) for name, values in tables.items()}
+    made: dict[str, Any] = {name: dict(values) for name, values in tables.items()}
     for name, values in rules.items():
+        if not isinstance(values, Mapping):
+            made[name] = values
+            continue
         told = {key: value(forge) if callable(value) else value for key, value in values.items()}
         made[name] = made.get(name, {}) | told
     return made

@@ -182,8 +182,14 @@ CLAIMS = Section(
             "report_data_mismatch",
             an_unknown_field,
         ),
-        Case("claims in another CBOR form of the same meaning", "the map's head", "frame_invalid", not_canonical, None),
-        Case("claims with a byte after them", "one byte more", "frame_invalid", trailing, None),
+        Case(
+            "claims in another CBOR form of the same meaning",
+            "the map's head",
+            "frame_invalid",
+            not_canonical,
+            event=None,
+        ),
+        Case("claims with a byte after them", "one byte more", "frame_invalid", trailing, event=None),
         Case(
             "genuine claims under another enclave's genuine quote",
             "claims and delegation of one, evidence of another",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from stip_protocol.attestation.quote import TEE_TDX
 from tests.refusals.scene import Scene
 from tests.refusals.table import Act, Case, Section
 
@@ -110,17 +111,17 @@ def pems(quote: bytes) -> list[bytes]:
 def elsewhere_leaf(quote: bytes, scene: Scene) -> bytes:
     """Another platform's certificate over the same key would do; this one has another key."""
     other = scene.stranger_forge.pki
-    leaf, authority, root = pems(quote)
+    _, authority, root = pems(quote)
     return sized(quote, other.chain("pck").encode() + authority + root + b"\x00")
 
 
 def elsewhere_root(quote: bytes, scene: Scene) -> bytes:
-    leaf, authority, root = pems(quote)
+    leaf, authority, _ = pems(quote)
     return sized(quote, leaf + authority + scene.stranger_forge.pki.chain("root").encode() + b"\x00")
 
 
 def elsewhere_authority(quote: bytes, scene: Scene) -> bytes:
-    leaf, authority, root = pems(quote)
+    leaf, _, root = pems(quote)
     return sized(quote, leaf + scene.stranger_forge.pki.chain("pck_ca").encode() + root + b"\x00")
 
 
@@ -164,14 +165,18 @@ CHAIN_ROWS = (
 )  # fmt: skip
 
 
+def labelled_tdx(quote: bytes, scene: Scene) -> bytes:
+    return quote[:4] + TEE_TDX.to_bytes(4, "little") + quote[8:]
+
+
 def version(number: int) -> Alter:
     return lambda quote, scene: number.to_bytes(2, "little") + quote[2:]
 
 
 QUOTES = Section(
     "SGX quotes, field by field",
-    "One bit of every field of a genuine version 3 quote, by its name in Intel's layout, and the PCK chain that lies in "
-    "it as PEM. What the parser can see is malformed; what only a signature can see is refused.",
+    "One bit of every field of a genuine version 3 quote, by its name in Intel's layout, and the PCK chain that lies "
+    "in it as PEM. What the parser can see is malformed; what only a signature can see is refused.",
     "service",
     tuple(field_row(field) for field in QUOTE_V3) + CHAIN_ROWS,
 )
@@ -194,7 +199,7 @@ FORMS = Section(
         quoted("a quote labelled version 2", "version", MALFORMED, version(2)),
         quoted("a quote labelled version 4", "version", MALFORMED, version(4)),
         quoted("a quote labelled version 5", "version", MALFORMED, version(5)),
-        quoted("an SGX quote labelled as of TDX", "TEE type", MALFORMED, lambda q, s: q[:4] + b"\x81\x00\x00\x00" + q[8:]),
+        quoted("an SGX quote labelled as of TDX", "TEE type", MALFORMED, labelled_tdx),
         quoted("a genuine TDX quote over the claims", "the TEE", MALFORMED, tdx),
     ),
 )  # fmt: skip

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import grpc.aio
+import pytest
+from click.testing import CliRunner
+
+from stip_keyservice.cli import main
 from stip_keyservice.service import auditlog, users
 from stip_keyservice.service.auditlog import AuditLog
-from stip_protocol import canonical
+from stip_protocol import canonical, rpc
 from stip_protocol.documents import Signed
+from stip_protocol.errors import StipError
 from stip_protocol.lease import Lease
 from stip_protocol.release import Bundle, Claims, Heartbeat, Watch, sign_heartbeat, sign_watch
-from stip_protocol.wire import keyservice_pb2
-from tests.keyservice.conftest import Enclave, MadeInstance, Person, World, refusal
+from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
+from tests.keyservice.conftest import Enclave, MadeInstance, Person, World, cell
 from tests.refusals.forge import Forge
 from tests.refusals.table import Act, Case
 
@@ -24,17 +34,23 @@ BUDGET = 1_000_000
 TOKENS = 100
 """Tokens that claims ask for."""
 
+LITTLE = (cell("server", "A", token_top1=0.1),)
+"""What an audit of the neighbour's instance found."""
+Another = Callable[..., Awaitable[World]]
+
 
 class Service:
     """A key service with a neighbour who has nothing to do with any of it."""
 
-    def __init__(self, world: World, forge: Forge, stranger: Forge) -> None:
-        """`stranger` holds the keys of a simulated platform with a root of its own."""
+    def __init__(self, world: World, forge: Forge, stranger: Forge, another: Another, stack: AsyncExitStack) -> None:
+        """`stranger` holds the keys of a simulated platform with a root of its own; `another` opens a service: of the
+        same home (`replica`) or of its own. What is opened is closed with `stack`."""
         self.world, self.forge, self.stranger = world, forge, stranger
+        self.another, self._stack = another, stack
         self.audit = AuditLog(world.store, world.home.service)
         self._numbers = itertools.count()
         self._neighbour = world.person("neighbour", budget=1_000_000_000)
-        self._instance = world.instance(owner=self._neighbour)
+        self._instance = world.instance(owner=self._neighbour, measured=LITTLE)
 
     def scene(self) -> Scene:
         """A new one, a minute later."""
@@ -46,10 +62,13 @@ class Service:
         scene = self.scene()
         try:
             act = await case.arrange(scene)
-            spent, counted, length = self.spent(), self.counted(case.code), self.audit.length()
-            assert await refusal(act()) == case.code
+            asked = scene.asked
+            spent, counted, length = self.spent(), count(asked, case.code), self.audit.length()
+            refusal = await refused(act())
+            assert refusal.code == case.code, refusal.message
+            assert case.says in refusal.message
             assert self.spent() == spent, "something was debited"
-            assert self.counted(case.code) == counted + case.counted
+            assert count(asked, case.code) == counted + case.counted
             entries = self.audit.latest(self.audit.length() - length)
             expected = [] if case.event is None else [(case.event, case.code, None)]
             assert [(entry.event, entry.code, entry.tokens) for entry in entries] == expected
@@ -73,9 +92,55 @@ class Service:
         with self.world.store.read() as db:
             return sum(user.spent for user in users.everyone(db, removed=True))
 
-    def counted(self, code: str) -> float:
-        value = self.world.telemetry.registry.get_sample_value("stip_refusals_total", {"code": code})
-        return value or 0.0
+    async def channel(self, source: str | None = None) -> grpc.aio.Channel:
+        """A connection of its own: another source port and TLS session; with `source`, from that address."""
+        port = self.world.port
+        if source is not None:
+            port = await self._stack.enter_async_context(forwarded(port, source))
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.ssl_target_name_override", "localhost")]
+        made = grpc.aio.secure_channel(
+            f"127.0.0.1:{port}",
+            grpc.ssl_channel_credentials(self.world.home.tls_ca.pem),
+            options=[*rpc.CHANNEL_OPTIONS, *options],
+        )
+        return await self._stack.enter_async_context(made)
+
+    async def stub(self, source: str | None = None) -> Any:
+        return keyservice_pb2_grpc.KeyServiceStub(await self.channel(source))
+
+
+def count(world: World, code: str) -> float:
+    """What the metric of a process says of a code."""
+    return world.telemetry.registry.get_sample_value("stip_refusals_total", {"code": code}) or 0.0
+
+
+@asynccontextmanager
+async def forwarded(port: int, source: str) -> AsyncIterator[int]:
+    """A port whose connections reach `port` from another address of this machine."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+
+    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+async def refused(call: Awaitable[Any]) -> StipError:
+    """The error that a call is refused with, as the peer reads it."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return rpc.from_rpc(caught.value)
 
 
 class Scene:
@@ -89,6 +154,8 @@ class Scene:
         self.instance = self.world.instance(owner=self.alice)
         self.enclave = self.new_enclave()
         self._repairs: list[Callable[[], None]] = []
+        self.asked = self.world
+        """Of which process the refusal is."""
 
     @property
     def now(self) -> int:
@@ -99,6 +166,17 @@ class Scene:
 
     def new_enclave(self, **options: Any) -> Enclave:
         return Enclave(self.world.platform, **options)
+
+    def operator(self, *arguments: str) -> Any:
+        """What the operator does by a command, on the same home; returns its document."""
+        done = CliRunner().invoke(main, [*arguments, "--home", str(self.world.home.path), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    async def replica(self, *, ahead: int = 0, **rules: Any) -> World:
+        """Another process of the same service, whose clock is `ahead`, with `rules` in its policy. It is asked."""
+        self.asked = await self.service.another(replica=self.world, ahead=ahead, rules=rules)
+        return self.asked
 
     def finally_(self, repair: Callable[[], None]) -> None:
         """Done after the case, so that the neighbour can be served."""

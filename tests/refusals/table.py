@@ -1,4 +1,4 @@
-"""What a row of the table of refusals is. The rows stand beside each other in `rows_*.py`; `sections` puts them in order.
+"""What a row of the table of refusals is. The rows stand in `rows_*.py`, and `sections` puts them in order.
 
 A row is one thing that is wrong while everything else is in order, and the stable code (`stip_protocol.errors`) that
 it must be refused with. `docs/refusals.md` is generated from the same rows.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 Act = Callable[[], Awaitable[Any]]
 """What must be refused, ready to be done once."""
 Event = Literal["release", "renewal"]
-Rules = Mapping[str, Mapping[str, Any]]
+Rules = Mapping[str, Any]
 """What a file says beyond the ordinary, by table. A value that is a function is called with the platform's `Forge`."""
 
 
@@ -28,6 +28,8 @@ class Case:
     code: str
     arrange: Callable[[Any], Awaitable[Act]]
     """Prepares a scene in which everything else is in order."""
+    says: str = ""
+    """Part of the message: that it was refused for what was altered, where the code alone would not tell."""
     event: Event | None = "release"
     """Of the audit log's entry. None where there was nothing that could be decided, or nobody who decides."""
     counted: bool = True

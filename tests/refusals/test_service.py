@@ -1,4 +1,4 @@
-"""What a key service refuses over its socket: every row costs nobody anything, is recorded, counted, and is over then."""
+"""What a key service refuses over its socket: every row costs nobody anything, is recorded, and is counted."""
 
 from __future__ import annotations
 
