@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +88,20 @@ class Process:
         self._process.wait()
         self._close()
 
+    def reread(self, seconds: float = 30.0) -> bool:
+        """Have it read a table of its configuration again (SIGHUP); whether it took what it found.
+
+        Raises `Unavailable` where it says nothing of that.
+        """
+        before = self._reread()
+        self._process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + seconds
+        while len(said := self._reread()) == len(before):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"{self.name} did not read its configuration again:\n{self.end_of_log()}")
+            time.sleep(0.02)
+        return said[-1] == "configuration taken"
+
     def terminate(self) -> None:
         """Ask it to drain and leave (SIGTERM), once; `stop` waits for it."""
         if self.running and not self._asked:
@@ -109,6 +124,11 @@ class Process:
     def end_of_log(self, lines: int = 12) -> str:
         """The last lines of what the process wrote to stderr."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _reread(self) -> list[str]:
+        lines = self.log.read_text(errors="replace").splitlines()
+        words = ("configuration taken", "configuration not taken")
+        return [word for line in lines for word in words if f'"{word}"' in line]
 
     def _close(self) -> None:
         self._log.close()

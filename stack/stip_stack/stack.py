@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,8 @@ class Stack:
         self._environment = dict(environment or {})
         self._dial: Dial | None = None
         self._added: set[bytes] = set()
+        self._routes: dict[str, tuple[str, Published]] = {}
+        self._engine: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -86,13 +88,16 @@ class Stack:
         launches: Mapping[str, Launch] | None = None,
         link_delay_ms: float | None = None,
         recorded: Collection[str] = (),
+        keyservice_at: Callable[[str], str] = lambda address: address,
     ) -> None:
         """Start everything for the instances given; each gets `replicas` model servers and is `shared`.
 
         `engine` is the `[engine]` table of every server, `launches` says by name which differ; `limits` is the
         enclave's table of that name. With `link_delay_ms`, enclave and gateway meet in a proxy that delays by so much
         one way, until `delay_link` says otherwise. Before each server whose name is `recorded` stands a process that
-        keeps what the server sees (`tape`). A stack that was stopped may start again, also for other instances.
+        keeps what the server sees (`tape`). `keyservice_at` gives the address at which the enclave finds a key service
+        that listens at another: of something that stands between them. A stack that was stopped may start again, also
+        for other instances.
         """
         workspace = self.workspace
         if running := [name for name, process in self.processes.items() if process.running]:
@@ -121,18 +126,41 @@ class Stack:
             process.wait_until_listening(launches[process.name].seconds)
         addresses = {process.name: process.address for process in started}
         addresses |= {name: self._recorded(name, addresses[name]) for name in recorded}
-        routes = {name: (address, servers[name]) for name, address in addresses.items()}
-        config = workspace.gateway(routes)
+        self._routes = {name: (address, servers[name]) for name, address in addresses.items()}
+        self._engine = dict(engine or {})
+        config = workspace.gateway(self._routes)
         gateway = self._begin("gateway", [str(BIN / "stip-gateway"), "serve", "--config", str(config)])
         gateway.wait_until_listening()
         link = gateway.address if link_delay_ms is None else self._delayed(gateway.address, link_delay_ms)
         config = workspace.enclave(
-            keyservice=keyservice.address, gateway=link, published=list(published), limits=limits
+            keyservice=keyservice_at(keyservice.address), gateway=link, published=list(published), limits=limits
         )
         self._begin("enclave", [
             sys.executable, "-m", "stip_stack.enclave_main", "--config", str(config),
             "--insecure-simulated-tee", str(workspace.platform.directory), "--measurement", MEASUREMENT.hex(),
         ]).wait_until_listening()  # fmt: skip
+
+    def join(self, published: Published) -> str:
+        """Add another epoch or instance to a running stack: registered, on a server of its own, routed to and held by
+        the enclave. Returns the server's name. Gateway and enclave take it by SIGHUP; nothing is restarted.
+
+        Raises `ConfigurationError` where one of them refuses.
+        """
+        self.keyservice("instances", "add", str(published.folder), "--shared")
+        self._added.add(published.digest)
+        number = 1 + max(int(name.split("-")[1]) for name in self._routes)
+        name = f"server-{number}-0"
+        config = self.workspace.server(name, published, engine=self._engine)
+        server = self._begin(name, [sys.executable, "-m", "stip_server.cli", "serve", "--config", str(config)])
+        server.wait_until_listening()
+        self._reroute({**self._routes, name: (server.address, published)})
+        return name
+
+    def part(self, name: str) -> None:
+        """Take a server out of a running stack: its links drain, and it is stopped. Where it was the last of its
+        instance epoch, the enclave lets that go, too."""
+        self._reroute({other: route for other, route in self._routes.items() if other != name})
+        self.processes[name].stop()
 
     def delay_link(self, milliseconds: float) -> None:
         """From the next byte on, delay what enclave and gateway say to each other by so much, one way."""
@@ -190,6 +218,14 @@ class Stack:
             for process in others:
                 process.stop()
         return {name: process.stop() for name, process in self.processes.items()}
+
+    def _reroute(self, routes: dict[str, tuple[str, Published]]) -> None:
+        self.workspace.route(routes)
+        self.workspace.hold({published.digest: published for _, published in routes.values()}.values())
+        for name in ("gateway", "enclave"):
+            if not self.processes[name].reread():
+                raise ConfigurationError(f"{name}: did not take it:\n{self.processes[name].end_of_log()}")
+        self._routes = routes
 
     def _delayed(self, target: str, milliseconds: float) -> str:
         """The address of a proxy to `target`."""

@@ -15,7 +15,7 @@ import hashlib
 import os
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,7 @@ class Workspace:
                 "replica_certificate": str(inner),
                 "replica_private_key": str(inner_key),
                 "simulated": True,
-                "replicas": [
-                    {
-                        "name": name,
-                        "address": address,
-                        "instance": published.manifest.instance,
-                        "epoch": published.manifest.epoch,
-                    }
-                    for name, (address, published) in replicas.items()
-                ],
+                "replicas": [_route(name, address, published) for name, (address, published) in replicas.items()],
             },
         )
 
@@ -215,15 +207,27 @@ class Workspace:
             },
         )
 
+    def route(self, replicas: Mapping[str, tuple[str, Published]]) -> None:
+        """Another routing table of the gateway; nothing else of its file changes."""
+        rows = [_route(name, address, published) for name, (address, published) in replicas.items()]
+        self._change("gateway", {"replicas": rows})
+
+    def hold(self, published: Collection[Published]) -> None:
+        """Another list of the enclave's instances; nothing else of its file changes."""
+        self._change("enclave", {"instances": [{"directory": str(each.folder)} for each in published]})
+
     def listen(self, name: str, *, address: str, metrics: str) -> None:
         """Fix where the part configured by `<name>.toml` listens."""
-        content = tomllib.loads((self.path / f"{name}.toml").read_text())
-        content["serving"] |= {"listen": address, "metrics": metrics}
-        self.write(f"{name}.toml", content)
+        serving = tomllib.loads((self.path / f"{name}.toml").read_text())["serving"]
+        self._change(name, {"serving": serving | {"listen": address, "metrics": metrics}})
 
     def write(self, name: str, content: Mapping[str, Any]) -> Path:
         """A TOML file of this workspace."""
         return self._write_bytes(name, tomli_w.dumps(content).encode())
+
+    def _change(self, name: str, tables: Mapping[str, Any]) -> None:
+        content = tomllib.loads((self.path / f"{name}.toml").read_text())
+        self.write(f"{name}.toml", {**content, **tables})
 
     def _write_bytes(self, name: str, content: bytes) -> Path:
         path = self.path / name
@@ -234,3 +238,8 @@ class Workspace:
 
     def _serving(self) -> dict[str, Any]:
         return {"metrics_snapshot_seconds": SNAPSHOT_SECONDS, "drain_seconds": 5.0}
+
+
+def _route(name: str, address: str, published: Published) -> dict[str, Any]:
+    manifest = published.manifest
+    return {"name": name, "address": address, "instance": manifest.instance, "epoch": manifest.epoch}

@@ -3,12 +3,17 @@
 `answers` is for tests that only ask; it serves every model under both presets. `refusing` is for tests that remove
 users, tamper, kill and drain; those run in the order of their files, and `test_shutdown.py`, the last of them, stops
 it. `failover` serves three presets on two replicas each, which come and go. `recording` has a recorder before every
-server. Each has a folder (of `recording` it is `audit`), which stays on one worker (tests/conftest.py).
+server. `revoking` has something between enclave and key service that can be cut. `rotating` gets another epoch. Each
+has a folder (of `recording` it is `audit`), which stays on one worker (tests/conftest.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +185,95 @@ def replicated(request: pytest.FixtureRequest, failover: System) -> Served:
     return failover[request.param]
 
 
+class Cut:
+    """A forwarder between enclave and key service that a hostile host can cut and mend."""
+
+    def __init__(self) -> None:
+        self.mended = threading.Event()
+        self.mended.set()
+        self._target = ("", 0)
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:{1}".format(*self._listener.getsockname())
+
+    def before(self, address: str) -> str:
+        """Stand before the part that listens at an address; where to find it now."""
+        host, _, port = address.rpartition(":")
+        self._target = (host, int(port))
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self.address
+
+    def cut(self) -> None:
+        """Break every connection, and let none through."""
+        self.mended.clear()
+        pairs, self._pairs = self._pairs, []
+        for one in (each for pair in pairs for each in pair):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self.mended.set()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if not self.mended.is_set():
+                    near.close()
+                    continue
+                far = socket.create_connection(self._target)
+                self._pairs.append((near, far))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Revoking:
+    """A system whose enclave reaches the key service through what a hostile host can cut."""
+
+    system: System
+    between: Cut
+
+
+HEARTBEAT_TOKENS = 48
+"""Of `revoking`'s policy."""
+
+
+@pytest.fixture(scope="session")
+def revoking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Revoking]:
+    """Two instances in one enclave: what is revoked, and `steady`, which must notice nothing."""
+    between = Cut()
+    try:
+        for system in _system(
+            tmp_path_factory.mktemp("revoking"),
+            {"victim": ("wide-llama", "hardened"), "steady": ("demo", "paper")},
+            policy={"lease": {"heartbeat_tokens": HEARTBEAT_TOKENS, "tokens": 4096}},
+            keyservice_at=between.before,
+        ):
+            yield Revoking(system, between)
+    finally:
+        between.close()
+
+
+@pytest.fixture(scope="session")
+def rotating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """One instance, whose keys are rotated."""
+    yield from _system(tmp_path_factory.mktemp("rotating"), {"demo": ("demo", "hardened")})
+
+
 RECORDED = {f"demo-{preset}": ("demo", preset) for preset in ("hardened", "paper", "throughput")} | {
     "gpt2-hardened": ("gpt2", "hardened")  # with learned positions
 }
@@ -200,7 +294,9 @@ def taped(request: pytest.FixtureRequest, recording: System) -> Served:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test of a system also waits for it to be protected and started."""
     for item in items:
-        if {"answers", "refusing", "failover", "recording"} & set(getattr(item, "fixturenames", ())):
+        if {"answers", "refusing", "failover", "recording", "revoking", "rotating"} & set(
+            getattr(item, "fixturenames", ())
+        ):
             item.add_marker(pytest.mark.timeout(START_SECONDS))
 
 
@@ -210,6 +306,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.failed:
         for value in getattr(item, "funcargs", {}).values():
+            value = value.system if isinstance(value, Revoking) else value
             if isinstance(value, System):
                 for process in value.stack.processes.values():
                     report.sections.append((f"log of {process.name}", process.end_of_log(lines=15)))
