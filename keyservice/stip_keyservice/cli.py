@@ -56,6 +56,8 @@ COMMANDS = {
     "revoke": Lazy(f"{_COMMANDS}.revocations", "revoke", "Refuse a user, device, enclave, instance or epoch at once."),
     "revocations": Lazy(f"{_COMMANDS}.revocations", "group", "What was revoked; lift it again."),
     "policy": Lazy(f"{_COMMANDS}.policy", "group", "Which enclaves get keys."),
+    "evidence": Lazy(f"{_COMMANDS}.evidence", "group", "Hold a quote against a policy, step by step."),
+    "collateral": Lazy(f"{_COMMANDS}.collateral", "group", "What Intel says of platforms: fetch, carry, show it."),
     "audit-log": Lazy(f"{_COMMANDS}.auditlog", "group", "Every decision, hash-chained."),
     "home": Lazy(f"{_COMMANDS}.home", "group", "Where the root key and the database are."),
     "root-key": Lazy(f"{_COMMANDS}.rootkey", "group", "What every secret is encrypted under: move it, share it."),

@@ -201,11 +201,35 @@ def test_who_waits_for_a_slow_source_waits_no_longer_than_the_bound(source: Buil
 
 
 def test_many_who_ask_at_once_share_one_fetch(source: Build, pccs: StandIn) -> None:
-    one = source(wait_seconds=10)
+    one = source(wait_seconds=10, waiters=16)
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda _: one.get(SGX).expires, range(16)))
     assert len(set(found)) == 1
     assert fetches(pccs) == 1
+
+
+def test_no_more_than_the_waiters_allowed_wait_and_the_others_are_told_to_come_back(
+    source: Build, pccs: StandIn
+) -> None:
+    held = threading.Event()
+
+    def stuck(_: str, answer: Answer) -> Answer:
+        held.wait(20)
+        return answer
+
+    pccs.fault = stuck
+    one = source(wait_seconds=20, waiters=1, fetch_seconds=20)
+
+    def ask(_: int) -> str:
+        try:
+            return str(one.get(SGX).kind)
+        except CollateralUnavailable as refused:
+            held.set()  # the one that waits is let go by the one that may not
+            return refused.message
+
+    with ThreadPoolExecutor(2) as threads:
+        found = sorted(threads.map(ask, range(2)))
+    assert found == [f"collateral of {SGX}: is being fetched", str(SGX)]
 
 
 WRITER = """

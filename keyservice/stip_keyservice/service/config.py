@@ -7,6 +7,7 @@ import hashlib
 from pydantic import Field
 
 from stip_keyservice.service.policy import Policy
+from stip_protocol.attestation.collateral_source import CollateralSettings
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.runtime.config import ConfigPath, Serving, Settings
 from stip_protocol.runtime.files import read_file
@@ -64,6 +65,8 @@ class KeyServiceSettings(Settings):
     """The name the server's certificate carries."""
     simulated_root: ConfigPath | None = None
     """DER of a simulated TEE's root. Development only."""
+    collateral: CollateralSettings | None = None
+    """Where the service's own collateral comes from; None: evidence is judged with what came along with it."""
     limits: Limits = Limits()
     simulated: bool = False
     """Must be set, and only then, where the policy trusts a simulated TEE."""

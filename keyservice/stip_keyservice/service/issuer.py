@@ -12,7 +12,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 from sqlalchemy import Connection
@@ -101,11 +101,13 @@ class Issuer:
         root_der: bytes | None = None,
         clock: Callable[[], float] = time.time,
         refusals_in_full: int = 8,
+        collateral: Callable[[bytes], bytes] | None = None,
     ) -> None:
         """`root_der` is the simulated root that a development policy pins; None in production. `refusals_in_full`: of
-        one peer in a minute, see `strangers`."""
+        one peer in a minute, see `strangers`. `collateral`: of the platform that made a quote, to judge it with; None
+        judges it with what came along."""
         self._home, self._store, self._telemetry = home, store, telemetry
-        self._in_force = InForce(policy, policy.digest(), root_der)
+        self._in_force, self._collateral = InForce(policy, policy.digest(), root_der), collateral
         self._service = service_id(home.service.public_key())
         self._nonces, self._vault = Nonces(home.service), open_vault(home)
         entries = telemetry.gauge(AUDIT_SEQUENCE)
@@ -129,8 +131,9 @@ class Issuer:
     def release(self, request: Request, *, peer: str | None = None) -> tuple[bytes, bytes]:
         """(sealed, signature) of a `Bundle` or a `Grant`.
 
-        Raises what `release` and `nonces` raise, `ClockRefused`, `LeakageRefused` and `BudgetSpent`. The claims' nonce
-        is spent in any case, in the one transaction that also holds the decision and its entry.
+        Raises what `release` and `nonces` raise, `ClockRefused`, `LeakageRefused`, `BudgetSpent`, and where the service
+        has collateral of its own `CollateralUnavailable`. The claims' nonce is spent in any case, in the one
+        transaction that also holds the decision and its entry.
         """
         claims, in_force = release.read_claims(request.claims), self._in_force
         policy = in_force.policy
@@ -138,6 +141,8 @@ class Issuer:
         with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail.now)):
             trail.now = self.clock.require()
             expires = self._nonces.require(claims.nonce, now=trail.now, seconds=policy.release.nonce_seconds)
+            if self._collateral is not None:
+                request = replace(request, collateral=self._collateral(request.quote))
             with self._telemetry.stage("verify").time():
                 applicant = release.examine(
                     request, claims, policy, service=self._service, root_der=in_force.root_der, now=trail.now
@@ -250,7 +255,7 @@ class Issuer:
             # Opened before anything is debited or logged as granted: a damaged one is a refusal like any other.
             carried = instance.kind == "dedicated" or claims.kind == "grant"
             grant = instances.grant(db, self._vault, instance.id, epoch.number) if carried else None
-            record, drawn = None, ()
+            record, drawn = None, tuple[bytes, ...]()
             if claims.kind == "bundle":
                 record = leases.issue(
                     db, applicant, holder, (instance, epoch), policy.lease, caps=policy.budgets, now=trail.now

@@ -10,6 +10,7 @@ import grpc.aio
 import structlog
 
 from stip_keyservice.home import Home
+from stip_keyservice.service.collateral import dates, keep_fresh, open_source
 from stip_keyservice.service.config import KeyServiceSettings
 from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.operations import Operations
@@ -40,7 +41,16 @@ async def run(settings: KeyServiceSettings) -> None:
         loader = PolicyLoader(settings, home, store, telemetry)
         in_force = loader.load()
         in_full = settings.limits.refusals_in_full
-        issuer = Issuer(home, store, in_force.policy, telemetry, root_der=in_force.root_der, refusals_in_full=in_full)
+        source = open_source(settings)
+        issuer = Issuer(
+            home,
+            store,
+            in_force.policy,
+            telemetry,
+            root_der=in_force.root_der,
+            refusals_in_full=in_full,
+            collateral=None if source is None else source.for_quote,
+        )
         operations = Operations(home, store, issuer, telemetry)
         servicer = KeyServiceServicer(issuer, settings.limits, observe=operations.streams, limited=operations.limited)
 
@@ -57,8 +67,15 @@ async def run(settings: KeyServiceSettings) -> None:
         credentials = rpc.server_credentials(tls.chain, tls.private_key, client_ca=None)
         keeping = asyncio.create_task(operations.keep_house())
         leave_with(keeping, "housekeeping")
+        if source is not None:
+            operations.watch_collateral(lambda: dates(source))
+            refreshing = asyncio.create_task(keep_fresh(source))
+            leave_with(refreshing, "collateral")
         await serve(settings.serving, telemetry, credentials, register, servicer.drain, ready=operations.ready())
         keeping.cancel()
+        if source is not None:
+            refreshing.cancel()
+            source.close()
         await asyncio.to_thread(issuer.close)
 
 

@@ -44,6 +44,8 @@ class CollateralSettings(Settings):
     """The least time between two tries to renew the collateral of a platform."""
     wait_seconds: float = Field(default=4.0, gt=0, le=60)
     """How long a release waits for collateral of a platform that none is kept of."""
+    waiters: int = Field(default=2, ge=1, le=1024)
+    """Releases that may wait for collateral at once; others are told to come back. Fewer than the service's threads."""
     fetch_seconds: float = Field(default=20.0, gt=0, le=300)
     """How long one fetch may try, all endpoints and pauses together."""
 
@@ -79,6 +81,7 @@ class CollateralSource:
         self._client = PccsClient(settings.endpoints, anchor, clock=clock) if settings.endpoints else None
         self._threads = ThreadPoolExecutor(FETCHES, thread_name_prefix="collateral")
         self._lock = threading.Lock()
+        self._waiters = threading.BoundedSemaphore(settings.waiters)
         self._seen: dict[PlatformKind, _Seen] = {}
         self._fetching: dict[PlatformKind, Future[Kept]] = {}
         self._tried: dict[PlatformKind, float] = {}
@@ -104,6 +107,10 @@ class CollateralSource:
         future = self._fetch(kind)
         if future is None:
             raise self._unavailable(kind)
+        if not self._waiters.acquire(blocking=False):
+            raise CollateralUnavailable(
+                f"collateral of {kind}: is being fetched", field="collateral", retry_after=self._settings.wait_seconds
+            )
         try:
             return future.result(self._settings.wait_seconds)
         except FutureTimeout:
@@ -115,6 +122,8 @@ class CollateralSource:
         except ConfigurationError as error:
             # Which folder that is concerns the operator, whose logs and doctor say so, and not who asks.
             raise CollateralUnavailable(f"collateral of {kind}: cannot be kept", field="collateral") from error
+        finally:
+            self._waiters.release()
 
     def renew(self, kind: PlatformKind) -> Kept:
         """Fetch now, whatever is kept. Raises `CollateralUnavailable`, `ConfigurationError` (it cannot be kept)."""
@@ -144,7 +153,8 @@ class CollateralSource:
 
     def shelves(self) -> list[Shelf]:
         """Everything that is kept, expired or not."""
-        return [Shelf(kept, self._refresh_due(kept)) for kept in self._cache.everything()]
+        found = [self._look(kind) for kind in self._cache.kinds()]
+        return [Shelf(seen.kept, self._refresh_due(seen.kept)) for seen in found if seen is not None]
 
     def close(self) -> None:
         """Forget what is under way; what is being fetched ends by its own time."""
@@ -153,11 +163,15 @@ class CollateralSource:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _valid(self, kind: PlatformKind) -> Kept | None:
-        """What is kept, where it holds now. Its signatures are checked once for each file."""
+        """What is kept, where it holds now."""
+        seen = self._look(kind)
+        return None if seen is None or not seen.opens <= self._clock() <= seen.kept.expires else seen.kept
+
+    def _look(self, kind: PlatformKind) -> _Seen | None:
+        """What is kept. Each file is parsed, and its signatures checked, once."""
         stamp = self._cache.stamp(kind)
         if stamp is None:
             return None
-        now = self._clock()
         seen = self._seen.get(kind)
         if seen is None or seen.stamp != stamp:
             kept = self._cache.read(kind)
@@ -165,7 +179,7 @@ class CollateralSource:
                 return None
             opens = max(window.opens for window in kept.collateral.windows())
             seen = self._seen[kind] = _Seen(stamp, kept, int(opens.timestamp()))
-        return seen.kept if seen.opens <= now <= seen.kept.expires else None
+        return seen
 
     def _refresh_due(self, kept: Kept) -> int:
         return int(kept.expires - (kept.expires - kept.issued) * self._settings.refresh_share)

@@ -14,8 +14,9 @@ from stip_protocol.attestation import dcap
 from stip_protocol.attestation.certificates import PCK_CA_NAMES, read_chain, require_pck_chain
 from stip_protocol.attestation.collateral import Collateral
 from stip_protocol.attestation.quote import TEE_SGX, SgxQuote, tee_type
+from stip_protocol.attestation.roots import intel_sgx_root
 from stip_protocol.attestation.tdx import TdxQuote
-from stip_protocol.errors import EvidenceMalformed, EvidenceRefused
+from stip_protocol.errors import EvidenceMalformed, EvidenceRefused, SimulatedEvidenceRefused
 
 TeeName = Literal["sgx", "tdx"]
 CaName = Literal["platform", "processor"]
@@ -52,14 +53,17 @@ class PlatformKind:
         """The platform that made a quote, where its PCK chain is issued by the root `anchor` (DER).
 
         The quote itself is not verified. The chain is, so that nobody can have collateral fetched for platforms that
-        do not exist. Raises `EvidenceMalformed`, `EvidenceRefused`.
+        do not exist. Raises `EvidenceMalformed`, `EvidenceRefused`, `SimulatedEvidenceRefused`.
         """
         sgx = tee_type(quote) == TEE_SGX
         pem = (SgxQuote if sgx else TdxQuote).parse(quote).certification_data.removesuffix(b"\x00")
         chain = read_chain(pem, what="PCK chain")
         require_pck_chain(chain)
-        if not hmac.compare_digest(chain[-1].der, anchor):
-            raise EvidenceRefused.because("PCK chain", "another root", "the trust anchor")
+        root = chain[-1]
+        if not hmac.compare_digest(root.der, anchor):
+            whole = root.issued_by(root) and anchor == intel_sgx_root()  # as in `gates`: somebody's simulation
+            refusal = SimulatedEvidenceRefused if whole else EvidenceRefused
+            raise refusal.because("PCK chain", "another root", "the trust anchor")
         return cls("sgx" if sgx else "tdx", dcap.fmspc_of(pem), CA_NAMES[chain[1].name])
 
     @classmethod
