@@ -73,7 +73,7 @@ class Place:
 
     @contextmanager
     def service(self) -> Iterator[tuple[dict[str, str], list[str]]]:
-        """A running service: what it announced, and its log lines once it is gone."""
+        """A running service: what it announced and its process id, and its log lines once it is gone."""
         process = subprocess.Popen(
             [COMMAND, "serve", "--config", str(self.config)],
             stdout=subprocess.PIPE,
@@ -83,7 +83,7 @@ class Place:
         assert process.stdout is not None
         log: list[str] = []
         try:
-            yield json.loads(process.stdout.readline()), log
+            yield json.loads(process.stdout.readline()) | {"pid": str(process.pid)}, log
         finally:
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=30)
