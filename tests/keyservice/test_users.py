@@ -21,7 +21,7 @@ from stip_protocol.release import Bundle, Claims
 from stip_protocol.wire import keyservice_pb2
 
 from .conftest import START, Enclave, Person, Serve, World, make_instance, refusal
-from .place import Place
+from .place import Place, told_here
 
 
 def add_device(world: World, person: Person, name: str) -> Person:
@@ -315,6 +315,8 @@ def test_the_operator_keeps_users_by_hand(place: Place) -> None:
     assert call("users", "usage", "alice", "--days", "7")["total"] == {
         "debited": 0, "fed": 0, "leases": 0, "renewals": 0
     }  # fmt: skip
+    text = told_here("users", "usage", "alice", "--csv", "--home", str(place.home)).stdout
+    assert text == "day,debited,fed,leases,renewals\n"
     shredded = call("users", "shred", "alice", "--yes")
     assert shredded["name"] == f"shredded-{added['id']}"
     assert call("users", "list") == []

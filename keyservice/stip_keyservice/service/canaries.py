@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cbor2
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select
 
 from stip_keyservice.service import instances
 from stip_keyservice.service.state.schema import canaries, grants
@@ -46,7 +46,7 @@ def parse(path: Path) -> list[bytes]:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
     if len(data) > FILE_LIMIT:
         raise ConfigurationError.because(path.name, "a larger file", f"at most {FILE_LIMIT} bytes")
-    found = []
+    found: list[bytes] = []
     for item in split(data):
         if not 0 < len(item) <= ITEM_LIMIT:
             raise ConfigurationError.because(f"canary {len(found)}", f"{len(item)} bytes", f"1 to {ITEM_LIMIT}")
@@ -109,7 +109,7 @@ def _data_key(db: Connection, instance: str, epoch: int) -> bytes:
     return bytes(key)
 
 
-def _of(instance: str, epoch: int) -> tuple[object, object]:
+def _of(instance: str, epoch: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return canaries.c.instance == instance, canaries.c.epoch == epoch
 
 

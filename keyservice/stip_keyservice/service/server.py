@@ -75,7 +75,7 @@ class KeyServiceServicer(keyservice_pb2_grpc.KeyServiceServicer):
             renewal = await self._in_thread(lambda: self._issuer.renew(request.heartbeat, request.signature, peer=peer))
             return keyservice_pb2.RenewReply(renewal=renewal)
 
-    async def Watch(  # noqa: N802 - the name is the wire's
+    async def Watch(  # type: ignore[override]  # noqa: N802 - the wire's name; the stubs know iterators alone
         self, request: keyservice_pb2.WatchRequest, context: Any
     ) -> None:
         with _request_id(context):

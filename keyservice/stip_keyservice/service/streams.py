@@ -7,7 +7,7 @@ that does not read keeps nothing but the last look.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -50,7 +50,7 @@ class Streams:
         self._closing = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
 
-    async def changes(self, link_key: bytes) -> AsyncIterator[tuple[int, Change]]:
+    async def changes(self, link_key: bytes) -> AsyncGenerator[tuple[int, Change], None]:
         """What a link key is told, numbered from 0, until it leaves or the process drains. To be closed by the caller.
 
         Beyond the bound of one link key its oldest stream ends: a peer that lost its connection comes back before this

@@ -85,8 +85,8 @@ def changes(told: Standing, found: Standing) -> Iterator[Change]:
     for place in found.closed - told.closed:
         by_place[place] = []
     for handle in sorted(ended):
-        (place, *_) = _widest(found.ended[handle], found.closed) or [None]
-        by_place[place].append(handle)
+        closed = _widest(found.ended[handle], found.closed)
+        by_place[closed[0] if closed else None].append(handle)
     for place, handles in by_place.items():
         yield from (Change("revoked", chunk, place) for chunk in _chunks(handles))
     superseded = sorted(found.superseded - told.superseded)

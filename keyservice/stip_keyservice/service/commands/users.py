@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import time
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 from rich.console import Group
+from rich.table import Table
 from sqlalchemy import Connection
 
 from stip_keyservice.service import instances, usage, users
@@ -223,9 +225,11 @@ def show_usage(name: str, days: int, as_csv: bool, home: Path | None) -> None:
         found = usage.of(db, user.id, since=int(time.time()) // usage.DAY_SECONDS - days + 1)
     rows = [_usage(day) for day in found]
     if as_csv:
-        writer = csv.DictWriter(click.get_text_stream("stdout"), USAGE_COLUMNS, lineterminator="\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, USAGE_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        click.echo(text.getvalue(), nl=False)
         return
     total = {name: sum(row[name] for row in rows) for name in USAGE_COLUMNS[1:]}
     shown = [*rows, {"day": "total"} | total] if rows else []
@@ -376,7 +380,7 @@ def _show_one(user: User) -> None:
     show(_document(user), lambda: _table([user]))
 
 
-def _table(found: list[User]) -> object:
+def _table(found: list[User]) -> Table | str:
     rows = (
         (
             user.name,
