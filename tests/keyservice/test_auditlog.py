@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def edit(store: Store, *statements: str) -> None:
-    db = sqlite3.connect(store.path)
+    db = sqlite3.connect(store.place)
     with db:
         for statement in statements:
             db.execute(statement)

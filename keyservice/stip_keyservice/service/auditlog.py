@@ -15,7 +15,8 @@ import hmac
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypedDict
+from functools import cache
+from typing import Any, ClassVar, Literal, TypedDict
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field
@@ -23,7 +24,7 @@ from sqlalchemy import Connection, insert, select, true
 
 from stip_keyservice.service.clock import settle
 from stip_keyservice.service.state.schema import audit, audit_head
-from stip_keyservice.service.state.store import Store, insert_into
+from stip_keyservice.service.state.store import Store, insert_of
 from stip_keyservice.service.strangers import Folded, Strangers
 from stip_protocol.documents import Document, Signed
 from stip_protocol.errors import (
@@ -164,9 +165,8 @@ class AuditLog:
         head = AuditHead(sequence=sequence, hash=_chain(tail.hash, entry), at=at)
         signed = Signed.sign(head, self._key)
         stored = signed.to_bytes()
-        db.execute(insert(audit).values(sequence=sequence, entry=entry, hash=head.hash))
-        kept = insert_into(db, audit_head).values(one=1, signed=stored)
-        db.execute(kept.on_conflict_do_update(index_elements=["one"], set_={"signed": kept.excluded.signed}))
+        db.execute(_INSERT, {"sequence": sequence, "entry": entry, "hash": head.hash})
+        db.execute(_keeping(db.dialect.name), {"one": 1, "signed": stored})
         self._written, self.last_at = (stored, head), at
         self._observe(sequence)
         if trail.event != "refusals_folded":  # counted when they were refused
@@ -351,6 +351,13 @@ _TAIL = (
     .order_by(audit.c.sequence.desc())
     .limit(1)
 )
+_INSERT = insert(audit)
+
+
+@cache
+def _keeping(dialect: str) -> Any:
+    kept = insert_of(dialect, audit_head)
+    return kept.on_conflict_do_update(index_elements=["one"], set_={"signed": kept.excluded.signed})
 
 
 def _tail(db: Connection) -> _Tail:

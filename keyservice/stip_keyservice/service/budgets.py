@@ -5,7 +5,7 @@ A chunk that a crashed enclave did not use stays debited: an enclave keeps no st
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Select, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from stip_keyservice.service import usage
 from stip_keyservice.service.policy import Budgets
@@ -20,22 +20,19 @@ def debit(db: Connection, user: str, wanted: int, caps: Budgets, *, now: int) ->
     Only inside `Store.write()`. The user's row stays locked to the end of the transaction (SQLite locks everything), so
     that two releases never spend one token; the table's own constraint would refuse it once more.
     """
-    left = int(db.execute(_left(user).with_for_update()).scalar_one())
-    capped = caps.allowance(_spent(db, user), usage.debited_on(db, user, now=now))
+    left, spent = db.execute(_LOCKED, {"id": user}).one()
+    capped = caps.allowance(spent, usage.debited_on(db, user, now=now))
     taken = max(0, min(wanted, left) if capped is None else min(wanted, left, capped))
     if taken:
-        db.execute(update(users).where(users.c.id == user).values(spent=users.c.spent + taken))
+        db.execute(_DEBIT, {"of": user, "taken": taken})
     return taken
 
 
 def remaining(db: Connection, user: str) -> int:
     """Tokens not debited yet."""
-    return int(db.execute(_left(user)).scalar_one())
+    return int(db.execute(_LEFT, {"id": user}).one()[0])
 
 
-def _spent(db: Connection, user: str) -> int:
-    return db.execute(select(users.c.spent).where(users.c.id == user)).scalar_one()
-
-
-def _left(user: str) -> Select[tuple[int]]:
-    return select(users.c.budget - users.c.spent).where(users.c.id == user)
+_LEFT = select(users.c.budget - users.c.spent, users.c.spent).where(users.c.id == bindparam("id"))
+_LOCKED = _LEFT.with_for_update()
+_DEBIT = update(users).where(users.c.id == bindparam("of")).values(spent=users.c.spent + bindparam("taken"))

@@ -16,7 +16,7 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, delete, func, insert, select, update
 
 from stip_keyservice.service.state.schema import (
     canaries,
@@ -165,8 +165,7 @@ def add(db: Connection, inspected: Inspected, *, vault: Vault, domain: str | Non
 
 def grant(db: Connection, vault: Vault, instance: str, epoch: int) -> Grant:
     """What opens an epoch that was not removed. Raises `IntegrityError` where the row or a key is another one's."""
-    where = grants.c.instance == instance, grants.c.epoch == epoch
-    row = db.execute(select(grants).where(*where)).one_or_none()
+    row = db.execute(_GRANT, {"instance": instance, "epoch": epoch}).one_or_none()
     if row is None:
         raise IntegrityError(f"state: the grant of instance {instance}, epoch {epoch} is missing")
     return Grant.from_bytes(vault.open(db, row.data_key, row.sealed, _grant_row(instance, epoch)))
@@ -238,7 +237,7 @@ def by_id(db: Connection, instance: str) -> Instance:
 
 def find(db: Connection, instance: str) -> Instance | None:
     """The instance of that id, removed or not; None where it was never registered."""
-    row = db.execute(select(instances).where(instances.c.id == instance)).first()
+    row = db.execute(_BY_ID, {"id": instance}).first()
     return None if row is None else _instance(db, row)
 
 
@@ -317,27 +316,36 @@ def _at(instance: str, epoch: int) -> tuple[ColumnElement[bool], ColumnElement[b
 
 
 def _instance(db: Connection, row: Row[tuple[object, ...]]) -> Instance:
-    if row.kind == "shared":
-        allowed = select(members.c.user).where(members.c.instance == row.id)
-    else:
-        allowed = select(users.c.id).where(users.c.domain == row.domain, users.c.removed_at.is_(None))
-    copies = db.execute(select(epochs).where(epochs.c.instance == row.id).order_by(epochs.c.number))
+    shared = row.kind == "shared"
+    allowed = db.execute(_MEMBERS, {"id": row.id}) if shared else db.execute(_OF_DOMAIN, {"domain": row.domain})
     return Instance(
         **row._mapping,
-        members=tuple(sorted(db.execute(allowed).scalars())),
-        epochs=tuple(_epoch(db, each) for each in copies.all()),
+        members=tuple(sorted(allowed.scalars())),
+        epochs=tuple(_epoch(each) for each in db.execute(_EPOCHS, {"id": row.id})),
     )
 
 
-def _epoch(db: Connection, row: Row[tuple[object, ...]]) -> Epoch:
+# What every release and renewal asks, built once: building a statement costs more than running it.
+_BY_ID = select(instances).where(instances.c.id == bindparam("id"))
+_GRANT = select(grants).where(grants.c.instance == bindparam("instance"), grants.c.epoch == bindparam("epoch"))
+_MEMBERS = select(members.c.user).where(members.c.instance == bindparam("id"))
+_OF_DOMAIN = select(users.c.id).where(users.c.domain == bindparam("domain"), users.c.removed_at.is_(None))
+_SUMMED = and_(leakage_summaries.c.instance == epochs.c.instance, leakage_summaries.c.epoch == epochs.c.number)
+_EPOCHS = (
+    select(epochs, leakage_summaries.c.summary)
+    .select_from(epochs.outerjoin(leakage_summaries, _SUMMED))
+    .where(epochs.c.instance == bindparam("id"))
+    .order_by(epochs.c.number)
+)
+
+
+def _epoch(row: Row[tuple[object, ...]]) -> Epoch:
     fields = dict(row._mapping)
-    leakage = _leakage(db, fields.pop("instance"), row.number)
+    leakage = _leakage(fields.pop("instance"), fields.pop("summary"))
     return Epoch(**fields, leakage=leakage)
 
 
-def _leakage(db: Connection, instance: str, epoch: int) -> Leakage | None:
-    where = leakage_summaries.c.instance == instance, leakage_summaries.c.epoch == epoch
-    summary = db.execute(select(leakage_summaries.c.summary).where(*where)).scalar_one_or_none()
+def _leakage(instance: str, summary: bytes | None) -> Leakage | None:
     try:
         return None if summary is None else Leakage.model_validate_json(summary)
     except ValidationError:

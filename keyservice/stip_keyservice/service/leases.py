@@ -13,7 +13,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from stip_keyservice.service import budgets, usage
 from stip_keyservice.service.instances import Epoch, Instance
@@ -109,7 +109,7 @@ def issue(
     tokens = budgets.debit(db, user.id, min(wanted, policy.tokens), caps, now=now)
     if tokens == 0:
         raise BudgetSpent.because("budget", "0 tokens left", "at least 1")
-    db.execute(delete(leases).where(leases.c.expires < now - policy.grace_seconds - KEPT_SECONDS))
+    db.execute(_FORGET, {"before": now - policy.grace_seconds - KEPT_SECONDS})
     record = LeaseRecord(
         handle=secrets.token_bytes(HANDLE_BYTES),
         user=user.id,
@@ -129,14 +129,14 @@ def issue(
         not_before=now,
         expires=_end(now, policy, applicant.delegation.expires, epoch),
     )
-    db.execute(insert(leases).values(**vars(record)))
+    db.execute(_INSERT, vars(record))
     usage.record(db, user.id, now=now, debited=tokens, leases=1)
     return record
 
 
 def find(db: Connection, handle: bytes) -> LeaseRecord:
     """The lease on record. Raises `LeaseForeign`."""
-    row = db.execute(select(leases).where(leases.c.handle == handle)).first()
+    row = db.execute(_BY_HANDLE, {"handle": handle}).first()
     if row is None:
         raise LeaseForeign.because("heartbeat handle", "one that is not on record", "the handle of a lease")
     return LeaseRecord(**row._mapping)
@@ -207,3 +207,9 @@ def _end(now: int, policy: LeasePolicy, delegated_until: int, epoch: Epoch) -> i
     """No lease outlives the user's word, nor the time in which its epoch drains."""
     ends = (now + policy.seconds, delegated_until, epoch.drain_until)
     return min(end for end in ends if end is not None)
+
+
+# What every release and renewal does, built once: building a statement costs more than running it.
+_FORGET = delete(leases).where(leases.c.expires < bindparam("before"))
+_INSERT = insert(leases)
+_BY_HANDLE = select(leases).where(leases.c.handle == bindparam("handle"))

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from functools import cache
+from typing import Any
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, bindparam, delete
 
 from stip_keyservice.service.state.schema import spent_nonces
-from stip_keyservice.service.state.store import insert_into
+from stip_keyservice.service.state.store import insert_of
 from stip_protocol.errors import NonceRefused
 from stip_protocol.lease import CLOCK_SKEW
 from stip_protocol.release import NONCE_BYTES
@@ -64,7 +66,15 @@ class Nonces:
 
 def spend(db: Connection, nonce: bytes, *, expires: int, now: int) -> None:
     """Take a nonce out for good, with the caller's transaction. Raises `NonceRefused` where it was spent before."""
-    db.execute(delete(spent_nonces).where(spent_nonces.c.expires < now - KEPT_SECONDS))
-    spent = insert_into(db, spent_nonces).values(nonce=nonce, expires=expires).on_conflict_do_nothing()
-    if db.execute(spent).rowcount == 0:
+    db.execute(_FORGET, {"before": now - KEPT_SECONDS})
+    if db.execute(_spending(db.dialect.name), {"nonce": nonce, "expires": expires}).first() is None:
         raise NonceRefused.because("claims nonce", "one that was spent", "a challenge not used before")
+
+
+_FORGET = delete(spent_nonces).where(spent_nonces.c.expires < bindparam("before"))
+
+
+@cache
+def _spending(dialect: str) -> Any:
+    """Returns the nonce where it was not there: drivers differ in what they count. Built once a database."""
+    return insert_of(dialect, spent_nonces).on_conflict_do_nothing().returning(spent_nonces.c.nonce)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, and_, false, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, insert, select, update
 
 from stip_keyservice.service import instances, users
 from stip_keyservice.service.release import EnclaveFacts
@@ -98,9 +98,16 @@ def everything(db: Connection, *, lifted: bool = False) -> Sequence[Revocation]:
 
 def standing(db: Connection, subjects: Collection[Subject]) -> Sequence[Revocation]:
     """Those that stand against any of the subjects, oldest first."""
-    named = or_(false(), *(and_(revocations.c.kind == kind, revocations.c.subject == name) for kind, name in subjects))
-    query = select(revocations).where(revocations.c.lifted_at.is_(None), named).order_by(revocations.c.number)
-    return [Revocation(**row._mapping) for row in db.execute(query)]
+    rows = db.execute(_STANDING, {"subjects": [name for _, name in subjects]})
+    return [Revocation(**row._mapping) for row in rows if (row.kind, row.subject) in subjects]
+
+
+_STANDING = (
+    select(revocations)
+    .where(revocations.c.lifted_at.is_(None), revocations.c.subject.in_(bindparam("subjects", expanding=True)))
+    .order_by(revocations.c.number)
+)
+"""Built once: building a statement costs more than running it."""
 
 
 def require_none(found: Sequence[Revocation]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from stip_keyservice.service.state.schema import usage
-from stip_keyservice.service.state.store import insert_into
+from stip_keyservice.service.state.store import insert_of
 
 DAY_SECONDS = 24 * 3600
 
@@ -38,15 +40,23 @@ def record(
 ) -> None:
     """Add to the user's day, in the caller's transaction."""
     amounts = {"debited": debited, "fed": fed, "leases": leases, "renewals": renewals}
-    row = insert_into(db, usage).values(user=user, day=now // DAY_SECONDS, **amounts)
-    added = {name: usage.c[name] + row.excluded[name] for name in amounts}
-    db.execute(row.on_conflict_do_update(index_elements=["user", "day"], set_=added))
+    db.execute(_addition(db.dialect.name), {"user": user, "day": now // DAY_SECONDS, **amounts})
 
 
 def debited_on(db: Connection, user: str, *, now: int) -> int:
     """Tokens that left the user's budget on the day of `now` so far."""
-    today = select(usage.c.debited).where(usage.c.user == user, usage.c.day == now // DAY_SECONDS)
-    return db.execute(today).scalar() or 0
+    return db.execute(_TODAY, {"user": user, "day": now // DAY_SECONDS}).scalar() or 0
+
+
+_TODAY = select(usage.c.debited).where(usage.c.user == bindparam("user"), usage.c.day == bindparam("day"))
+
+
+@cache
+def _addition(dialect: str) -> Any:
+    """Built once a database: building a statement costs more than running it."""
+    row = insert_of(dialect, usage)
+    added = {name: usage.c[name] + row.excluded[name] for name in ("debited", "fed", "leases", "renewals")}
+    return row.on_conflict_do_update(index_elements=["user", "day"], set_=added)
 
 
 def of(db: Connection, user: str, *, since: int) -> Sequence[Usage]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, union, update
 
 from stip_keyservice.service.state.schema import devices, instances, members, users
 from stip_protocol.errors import ConfigurationError, UserRefused
@@ -209,18 +209,18 @@ def last_of(db: Connection, name_or_id: str) -> User:
 
 def by_id(db: Connection, user: str) -> User:
     """The user of a known id, removed or not."""
-    return _user(db, db.execute(select(users).where(users.c.id == user)).one())
+    return _user(db, db.execute(_BY_ID, {"id": user}).one())
 
 
 def by_key(db: Connection, public_key: bytes) -> tuple[User, Device] | None:
     """Whose key that is, and of which device, removed or not; None where it was never registered."""
-    row = db.execute(select(devices).where(devices.c.public_key == public_key)).first()
+    row = db.execute(_BY_KEY, {"key": public_key}).first()
     return None if row is None else (by_id(db, row.user), Device(**row._mapping))
 
 
 def device(db: Connection, identity: str) -> Device:
     """The device of a known id, removed or not."""
-    return Device(**db.execute(select(devices).where(devices.c.id == identity)).one()._mapping)
+    return Device(**db.execute(_DEVICE, {"id": identity}).one()._mapping)
 
 
 def known_device(db: Connection, identity: str) -> Device:
@@ -261,16 +261,24 @@ def _check_budget(budget: int, *, at_least: int) -> None:
 
 
 def _user(db: Connection, row: Row[tuple[object, ...]]) -> User:
-    signing = (
-        select(devices)
-        .where(devices.c.user == row.id, devices.c.removed_at.is_(None))
-        .order_by(devices.c.added_at, devices.c.name)
-    )
-    shared = select(members.c.instance).where(members.c.user == row.id)
-    dedicated = select(instances.c.id).where(instances.c.domain == row.domain)
-    allowed = sorted({*db.execute(shared).scalars(), *db.execute(dedicated).scalars()})
+    allowed = db.execute(_ALLOWED, {"user": row.id, "domain": row.domain}).scalars()
     return User(
         **row._mapping,
-        devices=tuple(Device(**one._mapping) for one in db.execute(signing)),
-        instances=tuple(allowed),
+        devices=tuple(Device(**one._mapping) for one in db.execute(_SIGNING, {"user": row.id})),
+        instances=tuple(sorted(allowed)),
     )
+
+
+# What every release and renewal asks, built once: building a statement costs more than running it.
+_BY_ID = select(users).where(users.c.id == bindparam("id"))
+_BY_KEY = select(devices).where(devices.c.public_key == bindparam("key"))
+_DEVICE = select(devices).where(devices.c.id == bindparam("id"))
+_SIGNING = (
+    select(devices)
+    .where(devices.c.user == bindparam("user"), devices.c.removed_at.is_(None))
+    .order_by(devices.c.added_at, devices.c.name)
+)
+_ALLOWED = union(
+    select(members.c.instance).where(members.c.user == bindparam("user")),
+    select(instances.c.id).where(instances.c.domain == bindparam("domain")),
+)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from stip_keyservice.home import Home
 from stip_keyservice.rootkey.envelope import KEY_BYTES, lock, unlock
@@ -130,13 +130,17 @@ class Vault:
         return unlock(self._key(db, identity), sealed, canonical.encode(["stip/at-rest", *row]), f"stored {row[0]}")
 
     def _key(self, db: Connection, identity: bytes) -> bytes:
-        row = db.execute(select(data_keys).where(data_keys.c.id == identity)).one_or_none()
+        row = db.execute(_BY_ID, {"id": identity}).one_or_none()
         if row is None or row.wrapped is None:
             raise IntegrityError("data key: destroyed, or not of this database")
         context = _key_context(identity, row.subject)
         if row.parent is None:
             return self._root.unwrap(row.wrapped, context)
         return unlock(self._key(db, row.parent), row.wrapped, context, "data key")
+
+
+_BY_ID = select(data_keys).where(data_keys.c.id == bindparam("id"))
+"""Built once: every release asks it."""
 
 
 def open_vault(home: Home) -> Vault:
