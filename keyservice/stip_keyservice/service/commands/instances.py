@@ -39,7 +39,7 @@ def group() -> None:
     "policy_file",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Refuse at once what this policy's leakage maxima would refuse at every release.",
+    help="Refuse at once what this policy would refuse at every release: not listed, or above its leakage maxima.",
 )
 @home_option
 @json_option
@@ -66,6 +66,7 @@ def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Pa
         manifest = inspected.manifest
         trail.subject["instance"] = manifest.instance
         if policy is not None:
+            policy.require_listed(inspected.grant.manifest_digest, "shared" if shared else "dedicated")
             policy.require_measured(manifest.leakage, manifest.preset)
         with room.store.write() as db:
             domain = None if dedicated_to is None else _domain(db, dedicated_to)
