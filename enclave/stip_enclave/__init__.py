@@ -1,6 +1,7 @@
 """The enclave: sessions from ids to ids. Keyed rows go out, outputs come back, ids are sampled here.
 
 - `main`, `cli`, `config`, `guards`: one process, its settings, what it denies its host.
+- `collateral`: the process beside it, on its host, that keeps the collateral file fresh.
 - `identity`, `release`, `lease`, `accounts`: who it is, and what the key service lets it do.
 - `tables`, `head`, `instances`: an opened instance.
 - `links`, `link`, `outbox`, `inbox`, `replies`, `cards`: the streams to the replicas, and what is believed of them.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from stip_enclave.collateral import command as collateral
 from stip_enclave.config import EnclaveSettings
-from stip_enclave.main import run
 from stip_protocol.attestation.gramine import GramineProvider
 from stip_protocol.errors import ConfigurationError, IntegrityError
 from stip_protocol.runtime import loop
@@ -32,6 +32,8 @@ def serve(config: Path) -> None:
 
     Prints one JSON line with the addresses once it listens. Exits 2 where the configuration cannot be used.
     """
+    from stip_enclave.main import run  # torch loads here, and not for what runs beside the enclave
+
     try:
         reread = partial(load, EnclaveSettings, config)
         settings = reread()
@@ -39,3 +41,6 @@ def serve(config: Path) -> None:
     except (ConfigurationError, IntegrityError) as error:
         click.echo(f"stip-enclave: {error} ({error.action})", err=True)
         raise SystemExit(2) from None
+
+
+main.add_command(collateral)
