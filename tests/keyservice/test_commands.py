@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from stip_keyservice.cli import main
+from stip_keyservice.cli import COMMANDS, main
 from stip_keyservice.home import Home
 from stip_protocol import rpc
 from stip_protocol.keys.stream import derive
@@ -259,7 +259,7 @@ print([name for name in offline if name in sys.modules])
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("command", ["protect", "serve", "users", "instances", "policy", "audit-log", "keys"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_explains_itself(command: str) -> None:
     done = CliRunner().invoke(main, [command, "--help"], prog_name="stip-keyservice")
     assert done.exit_code == 0

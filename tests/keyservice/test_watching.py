@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stip_keyservice.service import instances, revocations, users
+from stip_keyservice.service.config import Limits
 from stip_keyservice.service.server import KeyServiceServicer
+from stip_keyservice.service.streams import Streams
 from stip_keyservice.service.watching import Standing, changes
 from stip_protocol.documents import Signed
+from stip_protocol.errors import Overloaded, Unavailable
 from stip_protocol.lease import Lease
 from stip_protocol.release import HANDLES_LIMIT, Notice, Watch, sign_watch
 from stip_protocol.wire import keyservice_pb2
@@ -251,3 +254,69 @@ async def test_draining_ends_a_stream_without_an_error_and_refuses_the_next(scen
         await servicer.streams.close()
         assert await stream.ended()
         assert await refused(scene.world.stub.Watch(watch)) == "draining"
+
+
+async def test_a_stream_that_does_not_read_keeps_the_last_look_alone() -> None:
+    looks, enough, loop = 0, asyncio.Event(), asyncio.get_running_loop()
+
+    def look(link_keys: Collection[bytes]) -> dict[bytes, Standing]:
+        nonlocal looks
+        looks += 1
+        if looks == 4:
+            loop.call_soon_threadsafe(enough.set)
+        return {key: Standing(superseded=frozenset({looks.to_bytes(16, "big")})) for key in link_keys}
+
+    streams = Streams(look, Limits())
+    async with aclosing(streams.changes(bytes(32))) as changes:
+        assert (await anext(changes))[1].kind == "watching"
+        await asyncio.wait_for(enough.wait(), WAIT_SECONDS)
+        sequence, change = await anext(changes)
+        assert sequence == 1
+        assert [int.from_bytes(handle, "big") for handle in change.handles] >= [3]
+    await streams.close()
+
+
+async def test_a_process_has_no_more_streams_than_its_limit_and_counts_them() -> None:
+    seen: list[int] = []
+    streams = Streams(lambda link_keys: {}, Limits(watches=2), observe=seen.append)
+    async with aclosing(streams.changes(b"a")) as first, aclosing(streams.changes(b"b")) as second:
+        await anext(first)
+        await anext(second)
+        with pytest.raises(Overloaded):
+            await anext(streams.changes(b"c"))
+    assert seen == [1, 2, 1, 0]
+    async with aclosing(streams.changes(b"c")) as third:
+        await anext(third)
+    await streams.close()
+
+
+async def test_one_link_key_cannot_fill_the_process_with_streams_that_it_does_not_read() -> None:
+    streams = Streams(lambda link_keys: {}, Limits(watches_per_key=2))
+    lingering = [streams.changes(b"a") for _ in range(4)]
+    for stream in lingering:  # the first two are ended by the others, and linger until they are read
+        await anext(stream)
+    with pytest.raises(Overloaded):
+        await anext(streams.changes(b"a"))
+    for ended in lingering[:2]:
+        with pytest.raises(StopAsyncIteration):
+            await anext(ended)
+    await streams.close()
+    for ended in lingering[2:]:
+        with pytest.raises(StopAsyncIteration):
+            await anext(ended)
+
+
+async def test_streams_stay_open_while_the_state_cannot_be_read() -> None:
+    failures = 2
+
+    def look(link_keys: Collection[bytes]) -> dict[bytes, Standing]:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise Unavailable("state: the database is busy or cannot be written")
+        return {key: Standing(ended={bytes(16): ("0" * 32, 0)}) for key in link_keys}
+
+    streams = Streams(look, Limits())
+    async with aclosing(streams.changes(bytes(32))) as changes:
+        assert [(await anext(changes))[1].kind, (await anext(changes))[1].kind] == ["watching", "revoked"]
+    await streams.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from stip_protocol import rpc
 from stip_protocol.errors import Draining, FrameInvalid, Overloaded, StipError
-from stip_protocol.wire import model_pb2, model_pb2_grpc
+from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc, model_pb2, model_pb2_grpc
 
 
 class Refusing(model_pb2_grpc.ModelServicer):
@@ -84,6 +84,46 @@ async def test_the_text_of_an_unexpected_failure_stays_in_the_process(kind: type
         assert type(came) is StipError
         assert "SENTINEL" not in str(came)
     assert [type(error) for error in reported] == [ValueError, ValueError]
+
+
+class YieldingNotices(keyservice_pb2_grpc.KeyServiceServicer):
+    """Answers one request with a stream that ends in an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def Watch(  # noqa: N802 - the name is the wire's
+        self, request: keyservice_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[keyservice_pb2.WatchReply]:
+        yield keyservice_pb2.WatchReply(notice=b"first")
+        raise self.error
+
+
+class WritingNotices(YieldingNotices):
+    async def Watch(self, request: keyservice_pb2.WatchRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        await context.write(keyservice_pb2.WatchReply(notice=b"first"))
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [YieldingNotices, WritingNotices])
+@pytest.mark.parametrize("error", [Overloaded("streams: too many", retry_after=1.5), ValueError("SENTINEL")])
+async def test_a_stream_of_replies_ends_with_its_error(kind: type[YieldingNotices], error: Exception) -> None:
+    reported: list[BaseException] = []
+    server = grpc.aio.server(interceptors=[rpc.ErrorInterceptor(reported.append)])
+    keyservice_pb2_grpc.add_KeyServiceServicer_to_server(kind(error), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = keyservice_pb2_grpc.KeyServiceStub(channel)
+        call = stub.Watch(keyservice_pb2.WatchRequest())
+        assert (await call.read()).notice == b"first"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    await server.stop(0)
+    came = rpc.from_rpc(caught.value)
+    assert type(came) is (Overloaded if isinstance(error, StipError) else StipError)
+    assert "SENTINEL" not in str(came)
+    assert reported == [error]
 
 
 def refused_with(*metadata: tuple[str, str | bytes]) -> StipError:

@@ -87,8 +87,8 @@ def changes(told: Standing, found: Standing) -> Iterator[Change]:
     for handle in sorted(ended):
         closed = _widest(found.ended[handle], found.closed)
         by_place[closed[0] if closed else None].append(handle)
-    for place, handles in by_place.items():
-        yield from (Change("revoked", chunk, place) for chunk in _chunks(handles))
+    for at, handles in by_place.items():
+        yield from (Change("revoked", chunk, at) for chunk in _chunks(handles))
     superseded = sorted(found.superseded - told.superseded)
     if superseded:
         yield from (Change("superseded", chunk) for chunk in _chunks(superseded))
