@@ -70,38 +70,33 @@ def dates(opens: int, closes: int) -> Callable[[Forge], Edit]:
     return made
 
 
-PAST, FUTURE = (-2 * DAY, -HOUR), (HOUR, 2 * DAY)
-DATED = tuple(
-    row
-    for when, (opens, closes) in (("expired", PAST), ("is not valid yet", FUTURE))
-    for row in (
+def dated(when: str, opens: int, closes: int) -> tuple[Case, ...]:
+    """Every piece of evidence that has dates, with these (seconds from now)."""
+    window = dates(opens, closes)
+    signed, listed, certified = "its `issueDate` and `nextUpdate`", "its `thisUpdate` and `nextUpdate`", "its validity"
+    return (
         given(
-            f"TCB info that {when}", "its `issueDate` and `nextUpdate`", EXPIRED,
-            lambda scene, window=dates(opens, closes): scene.forge.with_tcb_info(window(scene.forge)),
+            f"TCB info that {when}", signed, EXPIRED,
+            lambda scene: scene.forge.with_tcb_info(window(scene.forge)),
         ),
         given(
-            f"a QE identity that {when}", "its `issueDate` and `nextUpdate`", EXPIRED,
-            lambda scene, window=dates(opens, closes): scene.forge.with_qe_identity(window(scene.forge)),
+            f"a QE identity that {when}", signed, EXPIRED,
+            lambda scene: scene.forge.with_qe_identity(window(scene.forge)),
         ),
         given(
-            f"a root CRL that {when}", "its `thisUpdate` and `nextUpdate`", EXPIRED,
-            lambda scene, window=(opens, closes): scene.forge.with_crl(
-                "root_ca_crl", "root", opens=window[0], closes=window[1]
-            ),
+            f"a root CRL that {when}", listed, EXPIRED,
+            lambda scene: scene.forge.with_crl("root_ca_crl", "root", opens=opens, closes=closes),
         ),
         given(
-            f"a PCK CRL that {when}", "its `thisUpdate` and `nextUpdate`", EXPIRED,
-            lambda scene, window=(opens, closes): scene.forge.with_crl(
-                "pck_crl", "pck_ca", opens=window[0], closes=window[1]
-            ),
+            f"a PCK CRL that {when}", listed, EXPIRED,
+            lambda scene: scene.forge.with_crl("pck_crl", "pck_ca", opens=opens, closes=closes),
         ),
-        reissued(f"a PCK certificate that {when}", "its validity", "pck", "pck_ca", opens=opens, closes=closes),
-        reissued(f"a PCK CA that {when}", "its validity", "pck_ca", "root", opens=opens, closes=closes),
+        reissued(f"a PCK certificate that {when}", certified, "pck", "pck_ca", opens=opens, closes=closes),
+        reissued(f"a PCK CA that {when}", certified, "pck_ca", "root", opens=opens, closes=closes),
         reissued(
-            f"a TCB signing certificate that {when}", "its validity", "tcb_signer", "root", opens=opens, closes=closes
+            f"a TCB signing certificate that {when}", certified, "tcb_signer", "root", opens=opens, closes=closes
         ),
-    )
-)  # fmt: skip
+    )  # fmt: skip
 
 
 def signed_by_pck(field: str) -> Callable[[Scene], bytes]:
@@ -228,10 +223,11 @@ DATES = Section(
     "Everything in quote and collateral has a beginning and an end, and one piece that does not hold is enough.",
     "service",
     (
-        *DATED,
+        *dated("expired", -2 * DAY, -HOUR),
+        *dated("is not valid yet", HOUR, 2 * DAY),
         Case(
-            "collateral older than the policy allows", "`collateral_max_age_seconds` is seven days, the collateral eight",
-            EXPIRED, too_old, rules={"evidence": {"collateral_max_age_seconds": 7 * DAY}},
+            "collateral older than the policy allows", "eight days, where seven are allowed", EXPIRED,
+            too_old, rules={"evidence": {"collateral_max_age_seconds": 7 * DAY}},
         ),
     ),
 )  # fmt: skip
