@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup setup-vllm demo test browser test-vllm test-long lint bench bench-accuracy bench-protect audit proto clean
+.PHONY: help setup setup-vllm demo test browser services test-vllm test-long lint bench bench-accuracy bench-protect audit proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -49,6 +49,7 @@ demo: $(VENV)/.ready ## protect a model, start every part, verify, stream an ans
 
 test: $(VENV)/.ready ## the whole test suite, some twelve minutes on two cores
 	-@$(MAKE) --no-print-directory browser
+	-@$(MAKE) --no-print-directory services
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not long' $(PYTEST_ARGS)
 
 browser: ## a headless Chromium, in which tests read the audit's report (installed by apt where there is none)
@@ -59,6 +60,17 @@ browser: ## a headless Chromium, in which tests read the audit's report (install
 	  apt-get -qq install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null && exit 0; \
 	fi; \
 	echo "no browser on PATH ($(BROWSERS)): install Chromium, on Debian as root: apt-get install chromium-headless-shell" >&2; exit 1
+
+services: ## PostgreSQL and SoftHSM, which tests start themselves (installed by apt where they are missing)
+	@missing=; ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="postgresql"; \
+	command -v softhsm2-util >/dev/null || missing="$$missing softhsm2"; \
+	test -z "$$missing" && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing$$missing (Debian packages)"; \
+	  export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; \
+	  apt-get -qq install -y --no-install-recommends $$missing >/dev/null && exit 0; \
+	fi; \
+	echo "tests of the key service's state will skip: install $$missing, on Debian as root: apt-get install $$missing" >&2; exit 1
 
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM engine over protected instances, on this machine's CPU
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)

@@ -71,6 +71,12 @@ class Place:
         assert done.exit_code == code, done.output
         return json.loads(done.stdout)
 
+    def call_here_raw(self, *arguments: str, code: int = 0) -> str:
+        """All that such a call says, on both streams."""
+        done = CliRunner().invoke(main, [*arguments, "--home", str(self.home), "--json"])
+        assert done.exit_code == code, done.output
+        return done.output
+
     @contextmanager
     def service(self) -> Iterator[tuple[dict[str, str], list[str]]]:
         """A running service: what it announced and its process id, and its log lines once it is gone."""

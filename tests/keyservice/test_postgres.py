@@ -1,0 +1,311 @@
+"""The store on a real PostgreSQL: the promises that it keeps on SQLite, and the database's own refusals."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, inspect, make_url, select, text
+from sqlalchemy.exc import IntegrityError
+
+from stip_keyservice.home import Home
+from stip_keyservice.service import budgets, instances, users
+from stip_keyservice.service.auditlog import AuditLog, Trail, verify
+from stip_keyservice.service.policy import Budgets
+from stip_keyservice.service.state import postgres as backend_module
+from stip_keyservice.service.state import revisions
+from stip_keyservice.service.state.schema import data_keys, metadata
+from stip_keyservice.service.state.store import Store, backend
+from stip_keyservice.service.vault import open_vault
+from stip_protocol.errors import ConfigurationError, NonceRefused, StipError, Unavailable, VersionUnsupported
+
+from ..services.postgres import PASSWORD, Server, postgres
+from .conftest import make_instance
+
+__all__ = ["postgres"]
+
+
+@pytest.fixture
+def url(postgres: Server) -> URL:
+    return postgres.url(postgres.database())
+
+
+@pytest.fixture
+def store(url: URL) -> Iterator[Store]:
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
+def test_a_decision_waits_for_the_one_before_it_and_sees_what_that_wrote(store: Store) -> None:
+    with store.write() as db:
+        alice = users.add(db, "alice", bytes(32), budget=1000, now=1)
+    taken: list[int] = []
+
+    def take() -> None:
+        for _ in range(20):
+            with store.write() as db:
+                taken.append(budgets.debit(db, alice.id, 30, Budgets(), now=1))
+
+    racers = [threading.Thread(target=take) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert sum(taken) == 1000
+    assert sorted(taken)[-33:] == [30] * 33
+
+
+PROGRAM = """
+import sys
+from sqlalchemy import make_url
+from stip_keyservice.service import budgets, nonces, users
+from stip_keyservice.service.policy import Budgets
+from stip_keyservice.service.state.schema import canaries
+from stip_keyservice.service.state.store import Store
+from stip_protocol.errors import NonceRefused
+from sqlalchemy import delete, select
+store, user = Store(make_url(sys.argv[1])), sys.argv[2]
+won, taken, drawn = 0, 0, []
+for number in range(60):
+    try:
+        with store.write() as db:
+            nonces.spend(db, number.to_bytes(32, "big"), expires=10, now=5)
+        won += 1
+    except NonceRefused:
+        pass
+    with store.write() as db:
+        taken += budgets.debit(db, user, 7, Budgets(), now=1)
+        one = db.execute(select(canaries.c.number).order_by(canaries.c.number).limit(1)).scalar()
+        if one is not None:
+            db.execute(delete(canaries).where(canaries.c.number == one))
+            drawn.append(one)
+print(won, taken, *drawn)
+"""
+
+
+def test_replicas_never_grant_a_nonce_a_chunk_or_a_canary_twice(store: Store, url: URL, tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "home")
+    made = make_instance(tmp_path / "made", home)
+    vault = open_vault(home)
+    with store.write() as db:
+        alice = users.add(db, "alice", bytes(32), budget=500, now=1)
+        inspected = instances.inspect(made.directory, home.developer.public_key(), home.sealing)
+        instances.add(db, inspected, vault=vault, domain=None, now=1)
+        rows = [{"instance": made.id, "epoch": 0, "number": number, "sealed": b""} for number in range(70)]
+        db.execute(metadata.tables["canaries"].insert(), rows)
+    place = url.render_as_string(hide_password=False)
+    racers = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, place, alice.id], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [[int(word) for word in racer.communicate(timeout=60)[0].split()] for racer in racers]
+    assert all(racer.returncode == 0 for racer in racers)
+    assert sum(won for won, *_ in said) == 60
+    assert sum(taken for _, taken, *_ in said) == 500
+    drawn = [number for _, _, *numbers in said for number in numbers]
+    assert sorted(drawn) == list(range(70))
+    assert len([one for one in said if len(one) > 2]) > 1, "one racer alone drew everything: nothing raced"
+
+
+def test_a_reader_has_one_view_though_others_write_and_cannot_write_itself(store: Store) -> None:
+    with store.read() as db:
+        assert users.everyone(db) == []
+        with store.write() as other:
+            users.add(other, "alice", bytes(32), budget=1, now=1)
+        assert users.everyone(db) == []
+    with store.read() as db:
+        assert [user.name for user in users.everyone(db)] == ["alice"]
+    with pytest.raises(Unavailable), store.read() as db:
+        users.add(db, "bob", bytes(31) + b"1", budget=1, now=1)
+
+
+def test_a_refusal_undoes_its_transaction_and_the_table_refuses_to_overspend(store: Store) -> None:
+    with store.write() as db:
+        users.add(db, "alice", bytes(32), budget=10, now=1)
+
+    def refused() -> None:
+        with store.write() as db:
+            db.execute(text("UPDATE users SET spent = 5"))
+            raise NonceRefused("no")
+
+    with pytest.raises(NonceRefused):
+        refused()
+    with pytest.raises(IntegrityError), store.write() as db:
+        db.execute(text("UPDATE users SET spent = 11"))
+    with store.read() as db:
+        assert db.execute(text("SELECT spent FROM users")).scalar() == 0
+
+
+def test_a_decision_that_waits_too_long_is_refused_as_unavailable(url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "LOCK_SECONDS", 1)
+    one, two = Store(url), Store(url)
+    with one.write() as db:
+        users.add(db, "alice", bytes(32), budget=1, now=1)
+        with pytest.raises(Unavailable), two.write():
+            pytest.fail("two decisions at once")
+    with two.write() as db:
+        assert [user.name for user in users.everyone(db)] == ["alice"]
+    one.close()
+    two.close()
+
+
+def test_a_connection_that_is_lost_amid_a_decision_leaves_nothing_of_it(
+    store: Store, postgres: Server, url: URL
+) -> None:
+
+    def interrupted() -> None:
+        with store.write() as db:
+            users.add(db, "alice", bytes(32), budget=1, now=1)
+            postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.database}'")
+            users.add(db, "bob", bytes(31) + b"1", budget=1, now=1)
+
+    with pytest.raises(Unavailable):
+        interrupted()
+    with store.write() as db:  # the pool notices, and connects anew
+        assert users.everyone(db) == []
+
+
+@pytest.mark.parametrize("setting", ["synchronous_commit=off", "synchronous_commit=local"])
+def test_a_server_that_may_forget_what_it_answered_is_refused(postgres: Server, setting: str) -> None:
+    name = postgres.database()
+    postgres.run(f"ALTER DATABASE {name} SET {setting.replace('=', ' = ')}")
+    with pytest.raises(ConfigurationError, match=r"synchronous_commit: got (off|local), allowed: on"):
+        Store(postgres.url(name))
+
+
+def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable):
+        Store(make_url(f"postgresql+psycopg:///stip?host={tmp_path}"))
+
+
+def test_the_password_is_read_from_its_file_at_each_connection(postgres: Server, tmp_path: Path) -> None:
+    name, secret = postgres.database(), tmp_path / "password"
+    place = URL.create("postgresql+psycopg", username="stip", host="127.0.0.1", port=postgres.port, database=name)
+    secret.write_text("another")
+    secret.chmod(0o644)
+    with pytest.raises(ConfigurationError, match="others may read"):
+        Store(place, password_file=secret)
+    secret.chmod(0o600)
+    with pytest.raises(Unavailable) as refused:
+        Store(place, password_file=secret)
+    assert "another" not in str(refused.value)
+    secret.write_text(PASSWORD + "\n")
+    opened = Store(place, password_file=secret)
+    assert PASSWORD not in opened.place + repr(opened)
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("postgresql+psycopg://stip:secret@localhost/stip", "none in it; name a password_file"),
+        ("postgresql://stip@localhost/stip", "postgresql\\+psycopg"),
+        ("mysql://stip@localhost/stip", "postgresql\\+psycopg"),
+        ("postgresql+psycopg://stip@db.example/stip", "sslmode: got none, allowed: verify-full"),
+        ("postgresql+psycopg://stip@db.example/stip?sslmode=require", "sslmode: got require, allowed: verify-full"),
+        ("postgresql+psycopg:///stip?host=db.example", "sslmode: got none, allowed: verify-full"),
+    ],
+)
+def test_a_url_with_a_password_or_without_checks_is_refused(place: str, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says) as refused:
+        Store(make_url(place))
+    assert "secret" not in str(refused.value)
+
+
+def test_the_log_is_one_chain_though_many_append(store: Store, tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "home")
+
+    def append() -> None:
+        log = AuditLog(store, home.service)
+        for _ in range(10):
+            with store.write() as db:
+                log.append(db, Trail("policy_loaded", 1))
+
+    racers = [threading.Thread(target=append) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert verify(store, home.service.public_key()).sequence == 40
+
+
+def test_migrations_make_the_schema_that_the_tables_say(postgres: Server) -> None:
+    fresh, stepped = postgres.url(postgres.database()), postgres.url(postgres.database())
+    Store(fresh).close()
+    migrated = backend(stepped)
+    with migrated.write() as db:
+        assert revisions.upgrade(db).revision is None
+    migrated.close()
+    assert _shape(postgres, stepped) == _shape(postgres, fresh)
+    Store(stepped).close()
+
+
+def _shape(postgres: Server, place: URL) -> list[Any]:
+    """Columns, constraints and indexes, as the catalogue has them."""
+    name = str(place.database)
+    columns = "SELECT table_name, column_name, data_type, is_nullable, column_default FROM information_schema.columns"
+    constraints = "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint"
+    return [
+        sorted(postgres.run(f"{columns} WHERE table_schema = 'public'", name)),
+        sorted(postgres.run(f"{constraints} WHERE connamespace = 'public'::regnamespace", name)),
+        sorted(postgres.run("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'", name)),
+    ]
+
+
+def test_another_programs_database_and_another_revision_are_refused(postgres: Server, url: URL) -> None:
+    other = postgres.database()
+    postgres.run("CREATE TABLE notes (note TEXT)", other)
+    with pytest.raises(VersionUnsupported):
+        Store(postgres.url(other))
+    stepped = backend(url)
+    with stepped.write() as db:
+        revisions.upgrade(db, "0001")
+    with pytest.raises(VersionUnsupported, match="stip-keyservice state upgrade"):
+        Store(url)
+    with stepped.write() as db:
+        assert revisions.upgrade(db).revision == "0001"
+        assert "devices" in inspect(db).get_table_names()
+    stepped.close()
+    Store(url).close()
+
+
+def test_a_shredded_key_is_gone_from_the_table_and_what_is_not_cleared_is_said(
+    store: Store, url: URL, postgres: Server, tmp_path: Path
+) -> None:
+    home = Home.open(tmp_path / "home")
+    vault = open_vault(home)
+    with store.write() as db:
+        key = vault.make(db, "domain/acme", parent=None, now=1)
+    with store.write() as db:
+        vault.destroy(db, key, now=2)
+    assert re.search("write-ahead log.*rewrap", store.forget())
+    with store.read() as db:
+        assert db.execute(select(data_keys.c.wrapped)).scalars().all() == [None]
+    deadline = time.monotonic() + 20
+    counted = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'data_keys'"
+    while (dead := postgres.run(counted, str(url.database))) != [(0,)]:
+        assert time.monotonic() < deadline, dead
+        time.sleep(0.1)
+
+
+def test_errors_name_no_address_and_no_parameters(postgres: Server, url: URL) -> None:
+    store = Store(url)
+
+    def interrupted() -> None:
+        with store.write() as db:
+            postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.database}'")
+            db.execute(text("SELECT :secret"), {"secret": "a secret"})
+
+    with pytest.raises(StipError) as refused:
+        interrupted()
+    assert "a secret" not in str(refused.value)
+    assert str(postgres.folder) not in str(refused.value)
+    store.close()
