@@ -13,6 +13,7 @@ from sqlalchemy import select
 
 from stip_keyservice.home import Home
 from stip_keyservice.service import canaries, instances, revocations
+from stip_keyservice.service.endings import listed
 from stip_keyservice.service.state.schema import canaries as pool
 from stip_keyservice.service.state.schema import grants
 from stip_protocol.errors import ConfigurationError, InstanceRefused, IntegrityError
@@ -106,6 +107,26 @@ async def test_what_has_drained_is_neither_renewed_nor_released(scene: Scene) ->
     assert await refusal(scene.lease(epochs=(0,))) == "instance_refused"
     bundle, _ = await scene.lease(epochs=(0, 1))
     assert bundle.epoch == 1
+
+
+@pytest.mark.parametrize("drain_seconds", [None, 300])
+async def test_the_list_of_leases_tells_running_superseded_drained_and_removed_apart(
+    scene: Scene, drain_seconds: int | None
+) -> None:
+    def states(*, now: int, ended_too: bool = True) -> list[str]:
+        with scene.world.store.read() as db:
+            return [lease.state for lease in listed(db, now=now, limit=10, ended_too=ended_too)]
+
+    await scene.lease()
+    assert states(now=START) == ["running"]
+    scene.activate(drain_seconds=drain_seconds)
+    assert states(now=START) == states(now=START, ended_too=False) == ["superseded"]
+    late = START + 300
+    assert states(now=late) == (["superseded"] if drain_seconds is None else ["epoch drained"])
+    assert states(now=START + 900) == (["expired"] if drain_seconds is None else ["epoch drained"])
+    scene.retire(0)
+    assert states(now=START) == ["epoch removed"]
+    assert states(now=START, ended_too=False) == []
 
 
 async def test_a_drain_without_an_end_goes_on_until_the_epoch_is_retired(scene: Scene) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
+from stip_keyservice.home import Home
 from stip_keyservice.service import revocations
 from stip_keyservice.service.endings import listed
 from stip_keyservice.service.revocations import KINDS, Kind
+from stip_protocol import rpc
+from stip_protocol.documents import Signed
 from stip_protocol.errors import ConfigurationError, StipError
 from stip_protocol.lease import Lease
+from stip_protocol.release import Bundle, Notice, Watch
+from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 
 from .conftest import MEASUREMENT, START, Enclave, MadeInstance, Person, World, make_instance, refusal
 from .place import Place
+from .test_commands import LiveEnclave, ask
+from .test_watching import WAIT_SECONDS, request
 
 
 @dataclass
@@ -143,8 +155,6 @@ async def test_the_list_of_leases_says_what_ended_them(scene: Scene) -> None:
 
 
 def test_the_operator_revokes_and_lifts_by_hand(place: Place) -> None:
-    from stip_keyservice.home import Home
-
     made = make_instance(place.folder / "instance", Home.open(place.home))
     place.call_here("users", "add", "alice", "--public-key", "ab" * 32, "--budget", "10")
     place.call_here("instances", "add", str(made.directory), "--dedicated-to", "alice")
@@ -166,3 +176,33 @@ def test_the_operator_revokes_and_lifts_by_hand(place: Place) -> None:
         ("revocation_lifted", "configuration_invalid"),
         ("revoked", "configuration_invalid"),
     ]
+
+
+async def test_a_running_service_tells_what_the_command_line_revoked_and_ends_its_streams_as_it_stops(
+    place: Place,
+) -> None:
+    home = Home.open(place.home)
+    made, alice = make_instance(place.folder / "instance", home), Person("alice")
+    place.call_here("users", "add", "alice", "--public-key", alice.public.hex(), "--budget", "1000")
+    place.call_here("instances", "add", str(made.directory), "--dedicated-to", "alice")
+    service = home.service.public_key()
+    with place.service() as (announced, _):
+        channel = rpc.channel(announced["address"], roots=home.tls_ca.pem, server_name="localhost")
+        stub: Any = keyservice_pb2_grpc.KeyServiceStub(channel)
+        enclave = LiveEnclave(place.platform)
+        bundle = await ask(stub, home, alice, enclave, made.id)
+        assert isinstance(bundle, Bundle)
+        handle = Signed.from_bytes(bundle.lease).open(Lease, service).handle
+        nonce = (await stub.Challenge(keyservice_pb2.ChallengeRequest())).nonce
+        watch = Watch(nonce=nonce, link_key=hashlib.sha256(enclave.link_spki).digest())
+        stream = stub.Watch(request(watch, enclave))
+        await stream.read()
+        (lease,) = await asyncio.to_thread(place.call, "leases", "list")
+        assert lease["enclave"] == enclave.tls_key.hex()
+        await asyncio.to_thread(place.call, "revoke", "enclave", lease["enclave"], "--reason", "incident 7")
+        reply = await asyncio.wait_for(stream.read(), WAIT_SECONDS)
+        assert Signed.from_bytes(reply.notice).open(Notice, service).handles == (handle,)
+        assert await refusal(ask(stub, home, alice, enclave, made.id)) == "enclave_revoked"
+    assert await asyncio.wait_for(stream.read(), WAIT_SECONDS) is grpc.aio.EOF
+    assert await stream.code() is grpc.StatusCode.OK
+    await channel.close()

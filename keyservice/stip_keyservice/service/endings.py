@@ -27,7 +27,10 @@ RUNNING, SUPERSEDED, EXPIRED = "running", "superseded", "expired"
 
 
 def endings(now: int) -> dict[str, ColumnElement[bool]]:
-    """By its name, each condition that ended a lease of `JOINED`. The first that holds is the one to name."""
+    """By its name, each condition that ended a lease of `JOINED`. The first that holds is the one to name.
+
+    None is ever NULL: what negates them must not lose rows.
+    """
     return {
         "revoked": leases.c.revoked.is_not(None),
         "user removed": users.c.removed_at.is_not(None),
@@ -35,7 +38,7 @@ def endings(now: int) -> dict[str, ColumnElement[bool]]:
         "device removed": devices.c.removed_at.is_not(None),
         "user disallowed": and_(instances.c.kind == "shared", members.c.user.is_(None)),
         "epoch removed": epochs.c.state == "removed",
-        "epoch drained": and_(DRAINING, epochs.c.drain_until <= now),
+        "epoch drained": and_(DRAINING, epochs.c.drain_until.is_not(None), epochs.c.drain_until <= now),
     }
 
 
