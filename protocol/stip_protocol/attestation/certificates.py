@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Self
 
 from cryptography import x509
@@ -20,6 +21,9 @@ from cryptography.x509.oid import ExtensionOID, NameOID
 
 from stip_protocol.errors import EvidenceMalformed, EvidenceRefused
 
+KEPT = 256
+"""Chains and signatures whose reading is remembered, by their bytes: a platform shows the same ones every time. What
+is remembered follows from the bytes alone; dates and trust anchors are checked each time."""
 CHAIN_LIMIT = 3
 """Certificates of the longest chain: leaf, intermediate, root."""
 SGX_EXTENSION = x509.ObjectIdentifier("1.2.840.113741.1.13.1")
@@ -73,11 +77,16 @@ class Certificate:
 
     def issued_by(self, issuer: Certificate) -> bool:
         """Names match and the signature is the issuer's own: no certificate stands between."""
-        try:
-            self.parsed.verify_directly_issued_by(issuer.parsed)
-        except (InvalidSignature, *MALFORMED):
-            return False
-        return True
+        return _issued(self.parsed, issuer.parsed)
+
+
+@lru_cache(maxsize=KEPT)
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, *MALFORMED):
+        return False
+    return True
 
 
 def require_whole_signature(certificate: x509.Certificate) -> None:
@@ -89,6 +98,7 @@ def require_whole_signature(certificate: x509.Certificate) -> None:
         raise ValueError("signature with unused bits")
 
 
+@lru_cache(maxsize=KEPT)
 def read_chain(pem: bytes, *, what: str) -> tuple[Certificate, ...]:
     """The certificates of a PEM chain, leaf first, without a closing NUL.
 

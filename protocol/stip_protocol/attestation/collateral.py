@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Annotated, Self, TypeVar
 
 from cryptography import x509
@@ -25,6 +26,8 @@ def _from_hex(value: object) -> object:
     return bytes.fromhex(value) if isinstance(value, str) else value
 
 
+KEPT = 64
+"""Pieces of collateral whose reading is remembered."""
 M = TypeVar("M", bound=BaseModel)
 Hex = Annotated[bytes, BeforeValidator(_from_hex)]
 
@@ -155,6 +158,13 @@ class Collateral:
 def assemble(**fields: str) -> bytes:
     """`QuoteCollateralV3` JSON of its nine texts (byte strings in hexadecimal), in one form for the same content."""
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+@lru_cache(maxsize=KEPT)
+def parsed(data: bytes) -> Collateral:
+    """`Collateral.parse`, remembered by the bytes: every enclave of a platform shows the same. It follows from them
+    alone; whether it is signed, in its time and under the right root is asked each time."""
+    return Collateral.parse(data)
 
 
 def _validate(model: type[M], data: bytes, what: str) -> M:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from stip_protocol.attestation import dcap
 from stip_protocol.attestation.certificates import Certificate, read_chain, require_pck_chain, require_tcb_signer
-from stip_protocol.attestation.collateral import Collateral, Window
+from stip_protocol.attestation.collateral import Collateral, Window, parsed
 from stip_protocol.attestation.evidence import REPORT_DATA, Evidence
 from stip_protocol.attestation.policy import EvidenceRules
 from stip_protocol.attestation.roots import intel_sgx_root
@@ -82,7 +82,7 @@ class Case(ABC, Generic[Q, P]):
 
     @cached_property
     def collateral(self) -> Collateral:
-        return Collateral.parse(self.evidence.collateral)
+        return parsed(self.evidence.collateral)
 
     @cached_property
     def pck_chain(self) -> tuple[Certificate, ...]:
