@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +27,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from stip_keyservice.rootkey.ring import ID_BYTES
+from stip_protocol import toml
 from stip_protocol.documents import explain
 from stip_protocol.durable import sync_folder
 from stip_protocol.errors import ConfigurationError, VersionUnsupported
@@ -152,13 +152,13 @@ def load(home: Path) -> HomeSettings:
             data = file.read(LIMIT + 1)
         if len(data) > LIMIT:
             raise ConfigurationError.because(NAME, "a larger file", f"at most {LIMIT} bytes")
-        return HomeSettings.model_validate(tomllib.loads(data.decode()))
+        return HomeSettings.model_validate(toml.read(data))
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: not TOML: {error}") from None
     except ValidationError as error:
         raise ConfigurationError(f"{path}: {explain(error)}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
 
 
 def store(home: Path, settings: HomeSettings) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import ArgumentError
 
 from stip_keyservice.home import Home, exists, locate, locked
 from stip_keyservice.rootkey import files, providers, settings
-from stip_keyservice.rootkey.settings import DatabaseSettings, HomeSettings
+from stip_keyservice.rootkey.settings import DatabaseSettings, HomeSettings, RootKeySettings, SharesSettings
 from stip_keyservice.service.commands.keeping import chosen, keeping_options, made_shares
 from stip_keyservice.service.commands.room import home_option, json_option, show, table
 from stip_keyservice.service.state.postgres import require_sound
@@ -69,9 +69,7 @@ def init(
             if exists(path) or files.present(path):
                 raise ConfigurationError.because("home", f"{path}, where there is one", "a folder without a home")
             if kind == "shares":
-                if threshold is None or count is None or share_dir is None:
-                    raise ConfigurationError("shares: --threshold, --shares and --share-dir are needed")
-                keeper: Any = made_shares(share_dir, threshold, count)[0]
+                keeper = _quorum(threshold, count, share_dir)
             else:
                 keeper = chosen(kind, given, None)
             kept = providers.keep(keeper, path, providers.new_root_key())
@@ -81,6 +79,8 @@ def init(
     opened = Home.open(path)
     store = open_store(opened)
     store.close()
+    if isinstance(kept, SharesSettings):  # they lay beside each other for this first opening only
+        settings.store(path, configured.model_copy(update={"root_key": kept.model_copy(update={"files": ()})}))
     _show(opened, store.place)
 
 
@@ -95,6 +95,14 @@ def show_home(home: Path | None) -> None:
     opened = Home.open(path)
     place = opened.database
     _show(opened, str(place) if isinstance(place, Path) else place.render_as_string(hide_password=True))
+
+
+def _quorum(threshold: int | None, count: int | None, folder: Path | None) -> RootKeySettings:
+    """Shares in files, and the settings by which they are found there."""
+    if threshold is None or count is None or folder is None:
+        raise ConfigurationError("shares: --threshold, --shares and --share-dir are needed")
+    made, paths = made_shares(folder, threshold, count)
+    return made.model_copy(update={"files": tuple(str(path.absolute()) for path in paths[:threshold])})
 
 
 def _database(url: str | None, password_file: Path | None) -> DatabaseSettings | None:
