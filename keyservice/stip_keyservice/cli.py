@@ -55,7 +55,7 @@ COMMANDS = {
     "leases": Lazy(f"{_COMMANDS}.leases", "group", "What enclaves run under, and what ended it."),
     "revoke": Lazy(f"{_COMMANDS}.revocations", "revoke", "Refuse a user, device, enclave, instance or epoch at once."),
     "revocations": Lazy(f"{_COMMANDS}.revocations", "group", "What was revoked; lift it again."),
-    "policy": Lazy(f"{_COMMANDS}.policy", "group", "Which enclaves get keys."),
+    "policy": Lazy(f"{_COMMANDS}.policy", "group", "Which enclaves get keys, of which instances: lint, diff, sign."),
     "evidence": Lazy(f"{_COMMANDS}.evidence", "group", "Hold a quote against a policy, step by step."),
     "collateral": Lazy(f"{_COMMANDS}.collateral", "group", "What Intel says of platforms: fetch, carry, show it."),
     "audit-log": Lazy(f"{_COMMANDS}.auditlog", "group", "Every decision, hash-chained."),
@@ -101,7 +101,8 @@ def main() -> None:
       stip-keyservice audit INSTANCE --model MODEL --out REPORT
       stip-keyservice users add alice --public-key alice.pub --budget 100000
       stip-keyservice instances add INSTANCE --dedicated-to alice
-      stip-keyservice policy check policy.toml
+      stip-keyservice policy init policy.toml --measurement MRENCLAVE --manifest SHA256
+      stip-keyservice policy sign policy.toml
       stip-keyservice serve --config keyservice.toml
 
     Exit codes: 0 done, 1 refused, 2 wrong usage or configuration. With --json a refusal is printed as

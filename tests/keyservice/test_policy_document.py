@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -263,3 +264,27 @@ def test_only_a_listed_manifest_of_the_right_kind_is_served() -> None:
         require_listed(rules, bytes.fromhex(A), "dedicated")
     with pytest.raises(InstanceRefused, match="one of the 2"):
         require_listed(rules, bytes.fromhex("cc" * 32), "shared")
+
+
+def test_the_example_in_the_documentation_loads_and_has_every_rule() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    for placeholder, value in (("<32 hex digits>", PLATFORM), *((f"<{name}>", A) for name in PLACEHOLDERS)):
+        example = example.replace(placeholder, value)
+    loaded = Policy.parse(example.encode(), name="policy.md")
+    shown = {pattern(rule) for rule in rules_of(loaded.meaning(), "")}
+    for rule in leaves(Policy, ""):
+        assert rule in shown or f"{rule}.*" in shown or rule in NOT_SHOWN, rule
+
+
+PLACEHOLDERS = ("MRENCLAVE", "MRSIGNER", "SHA-256 of manifest.json")
+NOT_SHOWN = {"evidence.audience", "evidence.simulated_root_sha256"}
+
+
+def rules_of(node: Any, path: str) -> Iterator[str]:
+    """Every path of a meaning, as `diff` writes it."""
+    for name, below in node.items():
+        inner = f"{path}[{name}]" if pattern(path) in LISTS else f"{path}.{name}".lstrip(".")
+        yield inner
+        if isinstance(below, dict):
+            yield from rules_of(below, inner)
