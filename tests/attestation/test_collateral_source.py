@@ -312,8 +312,12 @@ def test_offline_a_bundle_serves_several_platforms_and_nothing_is_fetched(
     clock.now += 2 * DAY
     with pytest.raises(CollateralUnavailable, match="import a collateral bundle"):
         offline.get(SGX)
+    late = source(offline=True, cache=tmp_path / "third", bundle=tmp_path / "bundle.json")  # a restart starts
+    assert [shelf.kept.kind for shelf in late.shelves()] == [SGX, TDX]
+    with pytest.raises(CollateralUnavailable):
+        late.get(SGX)
     with pytest.raises(CollateralExpired):
-        source(offline=True, cache=tmp_path / "third", bundle=tmp_path / "bundle.json")
+        late.take(collateral_bundle.decode(bundle))
     assert len(pccs.asked) == asked
 
 
@@ -326,6 +330,9 @@ def test_a_bundle_under_another_root_is_refused_whole(
     with pytest.raises(EvidenceRefused, match="trust anchor"):
         one.take(mixed)
     assert one.shelves() == []
+    (tmp_path / "foreign.json").write_bytes(collateral_bundle.encode(mixed[1:]))
+    with pytest.raises(EvidenceRefused, match="trust anchor"):
+        source(offline=True, bundle=tmp_path / "foreign.json")
 
 
 @pytest.mark.parametrize(

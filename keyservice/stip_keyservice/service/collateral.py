@@ -34,7 +34,7 @@ def anchor(settings: KeyServiceSettings) -> bytes:
 def open_source(settings: KeyServiceSettings) -> CollateralSource | None:
     """The source that `[collateral]` configures; None where it is not there.
 
-    Raises `ConfigurationError`, and what taking in a bundle raises.
+    Raises `ConfigurationError`, `EvidenceMalformed` and `EvidenceRefused` (the bundle).
     """
     return None if settings.collateral is None else CollateralSource(settings.collateral, anchor(settings))
 

@@ -74,7 +74,7 @@ class CollateralSource:
     def __init__(self, settings: CollateralSettings, anchor: bytes, *, clock: Callable[[], float] = time.time) -> None:
         """`anchor`: DER of the root that collateral must chain to.
 
-        Raises `ConfigurationError` (folder, CA file, bundle file), and what `import_bundle` raises.
+        Raises `ConfigurationError` (folder, CA file, bundle file), `EvidenceMalformed`, `EvidenceRefused` (the bundle).
         """
         self._settings, self._anchor, self._clock = settings, anchor, clock
         self._cache = CollateralCache(settings.cache, anchor)
@@ -87,7 +87,8 @@ class CollateralSource:
         self._tried: dict[PlatformKind, float] = {}
         """When a platform was last fetched in vain."""
         if settings.bundle is not None:
-            self.take(collateral_bundle.load(settings.bundle))
+            for carried in collateral_bundle.load(settings.bundle):
+                self._cache.store(carried.data)  # also what ran out: it is shown, and never served
 
     def for_quote(self, quote: bytes) -> bytes:
         """Valid collateral for the platform that made a quote.
