@@ -21,10 +21,10 @@ from stip_protocol.errors import StipError
 from stip_protocol.release import Notice
 from stip_protocol.telemetry import CONTROL_STREAM, Telemetry
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 """Seconds before a lost stream is opened again: twice as many after each attempt that came to nothing, and of these a
 random share ("full jitter"), so that enclaves do not come back together to a key service that was restarted."""
-STEADY_SECONDS = 60.0
+STEADY_SECONDS = 10.0
 """A stream that lasted as long is no attempt that came to nothing."""
 
 
