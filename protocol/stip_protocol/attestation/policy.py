@@ -19,13 +19,13 @@ signer (MRSIGNER with product and minimum SVN), because it, unlike a client, ans
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from stip_protocol import toml
 from stip_protocol.attestation.roots import INTEL_SGX_ROOT_SHA256
 from stip_protocol.documents import Document, explain
 from stip_protocol.errors import ConfigurationError, PolicyInvalid, VersionUnsupported
@@ -132,9 +132,10 @@ class EvidenceRules(Document):
         if len(text) > POLICY_LIMIT:
             raise PolicyInvalid.because(cls.title, f"more than {POLICY_LIMIT} bytes", "a smaller file")
         try:
-            return cls.from_mapping(tomllib.loads(text.decode()))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PolicyInvalid(f"{cls.title} {path}: not TOML ({error})") from None
+            tables = toml.read(text)
+        except ValueError as error:
+            raise PolicyInvalid(f"{cls.title} {path}: {error}") from None
+        return cls.from_mapping(tables)
 
 
 class EvidencePolicy(EvidenceRules):

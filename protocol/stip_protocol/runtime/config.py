@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
+from stip_protocol import toml
 from stip_protocol.documents import explain
 from stip_protocol.errors import ConfigurationError
 
@@ -57,10 +57,10 @@ S = TypeVar("S", bound=Settings)
 def load(kind: type[S], path: Path) -> S:
     """The settings in a TOML file. Raises `ConfigurationError` naming the file and the field."""
     try:
-        return kind.model_validate(tomllib.loads(path.read_text()), context={"base": path.parent})
+        return kind.model_validate(toml.read(path.read_bytes()), context={"base": path.parent})
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: not TOML: {error}") from None
     except ValidationError as error:
         raise ConfigurationError(f"{path}: {explain(error)}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import tomllib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from stip_keyservice.service.commands.collateral import read_quote
 from stip_keyservice.service.commands.room import json_option, show, table
 from stip_keyservice.service.config import ROOT_LIMIT, KeyServiceSettings
 from stip_keyservice.service.policy import Policy
+from stip_protocol import toml
 from stip_protocol.attestation import hosts, verifier
 from stip_protocol.attestation.evidence import COLLATERAL_LIMIT, REPORT_DATA, Evidence, bind
 from stip_protocol.attestation.gates import Status, Step
@@ -107,9 +107,9 @@ def _collateral(quote: bytes, file: Path | None, config: Path | None) -> bytes:
 def _enclave_policy(path: Path) -> EvidencePolicy:
     """The evidence part of a key service's policy, or an evidence policy by itself."""
     try:
-        parsed = tomllib.loads(read_file(path, field="policy", limit=POLICY_LIMIT).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PolicyInvalid(f"policy {path}: not TOML: {error}") from None
+        parsed = toml.read(read_file(path, field="policy", limit=POLICY_LIMIT))
+    except ValueError as error:
+        raise PolicyInvalid(f"policy {path}: {error}") from None
     return Policy.load(path).evidence if "evidence" in parsed else EvidencePolicy.load(path)
 
 

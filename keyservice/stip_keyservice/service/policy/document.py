@@ -35,7 +35,6 @@ a rule it does not know, one that names a rule twice, and one for production tha
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -49,7 +48,7 @@ from stip_keyservice.service.policy.enclaves import require_enclave
 from stip_keyservice.service.policy.meaning import Meaning, meaning
 from stip_keyservice.service.policy.tables import Rules
 from stip_keyservice.service.users import User
-from stip_protocol import canonical
+from stip_protocol import canonical, toml
 from stip_protocol.attestation.policy import EvidencePolicy
 from stip_protocol.documents import explain
 from stip_protocol.errors import PolicyInvalid, VersionUnsupported
@@ -177,11 +176,11 @@ class Policy(Rules):
         if len(data) > POLICY_LIMIT:
             raise PolicyInvalid.because(f"policy {name}", "a larger file", f"at most {POLICY_LIMIT} bytes")
         try:
-            return cls.model_validate(tomllib.loads(data.decode()))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PolicyInvalid(f"policy {name}: not TOML: {error}") from None
-        except RecursionError:
-            raise PolicyInvalid(f"policy {name}: not TOML: nested too deep") from None
+            tables = toml.read(data)
+        except ValueError as error:
+            raise PolicyInvalid(f"policy {name}: {error}") from None
+        try:
+            return cls.model_validate(tables)
         except ValidationError as error:
             raise PolicyInvalid(f"policy {name}: {explain(error)}") from None
         except PolicyInvalid as error:
