@@ -123,6 +123,10 @@ class CollateralCache:
                 found.append(PlatformKind.from_name(path.stem))
         return sorted(found)
 
+    def everything(self) -> list[Kept]:
+        """All that is kept and can be used, expired or not."""
+        return [kept for kept in map(self.read, self.kinds()) if kept is not None]
+
     def _path(self, kind: PlatformKind) -> Path:
         return self._folder / f"{kind}.json"
 
