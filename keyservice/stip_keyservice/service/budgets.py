@@ -20,7 +20,7 @@ def debit(db: Connection, user: str, wanted: int, caps: Budgets, *, now: int) ->
     Only inside `Store.write()`. The user's row stays locked to the end of the transaction (SQLite locks everything), so
     that two releases never spend one token; the table's own constraint would refuse it once more.
     """
-    left, spent = db.execute(_LOCKED, {"id": user}).one()
+    left, spent = (int(amount) for amount in db.execute(_LOCKED, {"id": user}).one())
     capped = caps.allowance(spent, usage.debited_on(db, user, now=now))
     taken = max(0, min(wanted, left) if capped is None else min(wanted, left, capped))
     if taken:
