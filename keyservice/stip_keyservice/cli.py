@@ -58,6 +58,7 @@ COMMANDS = {
     "policy": Lazy(f"{_COMMANDS}.policy", "group", "Which enclaves get keys, of which instances: lint, diff, sign."),
     "evidence": Lazy(f"{_COMMANDS}.evidence", "group", "Hold a quote against a policy, step by step."),
     "collateral": Lazy(f"{_COMMANDS}.collateral", "group", "What Intel says of platforms: fetch, carry, show it."),
+    "doctor": Lazy(f"{_COMMANDS}.doctor", "doctor", "Check the service and its machine, and say what to do."),
     "audit-log": Lazy(f"{_COMMANDS}.auditlog", "group", "Every decision, hash-chained."),
     "home": Lazy(f"{_COMMANDS}.home", "group", "Where the root key and the database are."),
     "root-key": Lazy(f"{_COMMANDS}.rootkey", "group", "What every secret is encrypted under: move it, share it."),

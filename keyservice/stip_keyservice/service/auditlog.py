@@ -313,23 +313,46 @@ def follow(entries: Iterable[StoredEntry], key: Ed25519PublicKey, heads: Sequenc
     end = ChainEnd(0, GENESIS, 0)
     _require_known(expected, end)
     for stored in entries:
-        number = end.sequence + 1
-        entry = _entry(stored.entry, number)
-        for found in (entry.sequence, stored.sequence):
-            if found is not None and found != number:
-                raise IntegrityError.because("audit entry", f"number {found}", f"number {number}")
-        found_hash = _chain(end.hash, stored.entry)
-        if stored.hash is not None and not hmac.compare_digest(found_hash, stored.hash):
-            raise IntegrityError(f"audit entry {number}: its hash does not continue the chain")
-        if entry.at < end.at and entry.event != "clock_accepted":
-            raise IntegrityError.because(f"time of audit entry {number}", entry.at, f"at least {end.at}")
-        end = ChainEnd(number, found_hash, entry.at)
+        end = _next(stored, end)
         _require_known(expected, end)
     for sequence in sorted(expected):
         if sequence > end.sequence:
             (source, _), *_ = expected[sequence]
             raise IntegrityError.because("audit log", f"{end.sequence} entries, cut", f"the {source}'s {sequence}")
     return end
+
+
+def follow_tail(entries: Sequence[StoredEntry]) -> ChainEnd:
+    """Follow the last entries of a log alone, from the first one's stored hash; from the beginning where they are all.
+
+    Raises as `follow`. What comes before them is not looked at.
+    """
+    if not entries:
+        return ChainEnd(0, GENESIS, 0)
+    first, *rest = entries
+    if first.sequence == 1 or first.sequence is None or first.hash is None:
+        return _followed(entries, ChainEnd(0, GENESIS, 0))
+    return _followed(rest, ChainEnd(first.sequence, first.hash, _entry(first.entry, first.sequence).at))
+
+
+def _followed(entries: Iterable[StoredEntry], end: ChainEnd) -> ChainEnd:
+    for stored in entries:
+        end = _next(stored, end)
+    return end
+
+
+def _next(stored: StoredEntry, end: ChainEnd) -> ChainEnd:
+    number = end.sequence + 1
+    entry = _entry(stored.entry, number)
+    for found in (entry.sequence, stored.sequence):
+        if found is not None and found != number:
+            raise IntegrityError.because("audit entry", f"number {found}", f"number {number}")
+    hashed = _chain(end.hash, stored.entry)
+    if stored.hash is not None and not hmac.compare_digest(hashed, stored.hash):
+        raise IntegrityError(f"audit entry {number}: its hash does not continue the chain")
+    if entry.at < end.at and entry.event != "clock_accepted":
+        raise IntegrityError.because(f"time of audit entry {number}", entry.at, f"at least {end.at}")
+    return ChainEnd(number, hashed, entry.at)
 
 
 def _require_known(expected: dict[int, list[tuple[str, AuditHead]]], end: ChainEnd) -> None:

@@ -129,6 +129,10 @@ class Vault:
         """What was sealed. Raises `IntegrityError` where it was altered, moved, or its key destroyed."""
         return unlock(self._key(db, identity), sealed, canonical.encode(["stip/at-rest", *row]), f"stored {row[0]}")
 
+    def require_opens(self, db: Connection, identity: bytes) -> None:
+        """Raises `IntegrityError` where a data key cannot be opened."""
+        self._key(db, identity)
+
     def _key(self, db: Connection, identity: bytes) -> bytes:
         row = db.execute(_BY_ID, {"id": identity}).one_or_none()
         if row is None or row.wrapped is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
 
 from stip_keyservice.service.config import KeyServiceSettings
 from stip_keyservice.service.main import run
+from stip_protocol.runtime import loop
 from stip_protocol.runtime.config import load
 
 
@@ -22,4 +22,4 @@ def serve(config: Path) -> None:
     Prints one JSON line with the addresses once it listens; logs JSON lines to stderr. Exits 2 where the
     configuration or the policy cannot be used.
     """
-    asyncio.run(run(load(KeyServiceSettings, config)))
+    loop.run(run(load(KeyServiceSettings, config)))
