@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup setup-vllm demo test browser services test-vllm test-long fuzz lint bench bench-accuracy bench-protect audit proto clean
+.PHONY: help setup setup-vllm demo test browser services test-vllm test-long fuzz lint bench bench-accuracy bench-releases bench-protect audit proto clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -96,6 +96,9 @@ bench: $(VENV)/.ready ## the serving report against plain: times, memory, link d
 
 bench-accuracy: $(VENV)/.ready ## top-1 agreement and differences over 10,000 samples a family; writes docs/benchmarks/
 	$(BIN)/python -m benchmarks.accuracy
+
+bench-releases: $(VENV)/.ready ## key releases a second on one core of the key service; writes docs/benchmarks/
+	$(BIN)/python -m benchmarks.releases $(BENCH_ARGS)
 
 bench-protect: $(VENV)/.ready ## protect a LLaMA2-7B-shaped checkpoint (30 GB of disk, half an hour) against copying it
 	$(BIN)/python -m benchmarks.protect
