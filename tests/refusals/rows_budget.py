@@ -134,4 +134,5 @@ BUDGETS = Section(
         Case("a release beyond the policy's cap of a user", "`[budgets] tokens_per_user`", SPENT, beyond_the_day,
              rules={"budgets": {"tokens_per_user": 1000}}),
     ),
+    own=True,
 )  # fmt: skip

@@ -261,4 +261,5 @@ DELEGATIONS = Section(
         Case("a delegation for an instance that the policy lists as another kind", "`[[instances]] kind`", INSTANCE,
              of_another_kind),
     ),
+    own=True,
 )  # fmt: skip

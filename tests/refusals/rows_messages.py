@@ -1,4 +1,4 @@
-"""Messages: heartbeats and watches altered, documents of the wrong type, sizes beyond all bounds, and too many of them."""
+"""Messages: heartbeats and watches altered, documents of the wrong type, sizes beyond all bounds, and too many."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ REVOCATIONS = Section(
         Case("a heartbeat after its user's revocation was lifted", "`revocations lift`", REVOKED, after_lifting,
              event="renewal"),
     ),
+    own=True,
 )  # fmt: skip
 
 
@@ -152,6 +153,7 @@ INSTANCES = Section(
         Case("a release of an epoch that was retired before it was ever released", "`epochs retire`", INSTANCE,
              retired_standby),
     ),
+    own=True,
 )  # fmt: skip
 MAXIMUM: dict[str, Any] = {"knowledge": ["server"], "metric": "token_top1", "at_most": 0.2}
 MAXIMA: Rules = {"leakage": {"maxima": [MAXIMUM]}}
@@ -201,6 +203,7 @@ LEAKS = Section(
         Case("a heartbeat for an instance that nobody audited, under a policy that asks for it", "the policy", LEAKAGE,
              stricter_leakage, event="renewal"),
     ),
+    own=True,
 )  # fmt: skip
 POLICIES = Section(
     "Policies of today",
@@ -216,4 +219,5 @@ POLICIES = Section(
         stricter("a heartbeat for an instance that is not listed any more", "`[[instances]]`", INSTANCE,
                  instances=[{"manifest": "ab" * 32}]),
     ),
+    own=True,
 )  # fmt: skip

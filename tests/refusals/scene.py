@@ -49,17 +49,22 @@ class Service:
         self.another, self._stack = another, stack
         self.audit = AuditLog(world.store, world.home.service)
         self._numbers = itertools.count()
+        self._resident: tuple[Person, MadeInstance] | None = None
         self._neighbour = world.person("neighbour", budget=1_000_000_000)
         self._instance = world.instance(owner=self._neighbour, measured=LITTLE)
 
-    def scene(self) -> Scene:
-        """A new one, a minute later."""
+    def scene(self, *, own: bool) -> Scene:
+        """A new one, a minute later; with `own`, Alice and her instance are new as well."""
         self.world.clock.now += MINUTE
-        return Scene(self, next(self._numbers))
+        number = next(self._numbers)
+        if own or self._resident is None:
+            alice = self.world.person(f"alice-{number}", budget=BUDGET)
+            self._resident = alice, self.world.instance(owner=alice)
+        return Scene(self, number, *self._resident)
 
-    async def judge(self, case: Case) -> None:
+    async def judge(self, case: Case, *, own: bool) -> None:
         """Do what a case does: it is refused, recorded, counted, costs nobody anything, and disturbs nobody."""
-        scene = self.scene()
+        scene = self.scene(own=own)
         try:
             act = await case.arrange(scene)
             asked = scene.asked
@@ -146,12 +151,11 @@ async def refused(call: Awaitable[Any]) -> StipError:
 class Scene:
     """Alice, with an instance of her own and an enclave: everything is in order."""
 
-    def __init__(self, service: Service, number: int) -> None:
+    def __init__(self, service: Service, number: int, alice: Person, instance: MadeInstance) -> None:
         self.service, self.world = service, service.world
         self.forge, self.stranger_forge = service.forge, service.stranger
         self.number = number
-        self.alice = self.person("alice")
-        self.instance = self.world.instance(owner=self.alice)
+        self.alice, self.instance = alice, instance
         self.enclave = self.new_enclave()
         self._repairs: list[Callable[[], None]] = []
         self.asked = self.world

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from tests.refusals import rows_collateral as collateral
 from tests.refusals import rows_freshness as freshness
 from tests.refusals import rows_messages as messages
@@ -10,8 +14,9 @@ from tests.refusals.rows_budget import BUDGETS
 from tests.refusals.rows_claims import CLAIMS
 from tests.refusals.rows_delegation import DELEGATIONS
 from tests.refusals.rows_enclave import ENCLAVES
+from tests.refusals.rows_host import HOST_QUOTES, HOSTS
 from tests.refusals.rows_quote import FORMS, QUOTES
-from tests.refusals.table import Section
+from tests.refusals.table import Section, Stage
 
 SECTIONS: tuple[Section, ...] = (
     CLAIMS,
@@ -34,4 +39,11 @@ SECTIONS: tuple[Section, ...] = (
     messages.HEARTBEATS,
     messages.MESSAGES,
     messages.RATES,
+    HOST_QUOTES,
+    HOSTS,
 )
+
+
+def cases_of(stage: Stage) -> list[Any]:
+    """The rows of a stage, each under its name, for `pytest.mark.parametrize`."""
+    return [pytest.param(case, id=case.name) for one in SECTIONS if one.stage == stage for case in one.cases]

@@ -52,3 +52,5 @@ class Section:
     """Two sentences for the reader of `docs/refusals.md`."""
     stage: Stage
     cases: tuple[Case, ...]
+    own: bool = False
+    """Each row has a person and an instance of its own, because rows take something from them."""

@@ -22,7 +22,7 @@ ROWS = [
 @pytest.mark.parametrize(("section", "case"), ROWS)
 async def test_is_refused(services: Services, section: Section, case: Case) -> None:
     service = await services(section, case)
-    await service.judge(case)
+    await service.judge(case, own=section.own)
 
 
 def test_every_field_of_the_claims_is_altered_before_and_after_quoting() -> None:
