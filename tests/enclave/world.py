@@ -305,7 +305,7 @@ class World:
         await server.start()
         self._stack.push_async_callback(server.stop, 0)
         self._stack.push_async_callback(servicer.drain)
-        self.keyservice = server
+        self.keyservice, self.keyservice_servicer = server, servicer
         return f"127.0.0.1:{port}"
 
     async def _start_server(self, protected: Protected, name: str) -> str:
