@@ -291,11 +291,17 @@ def test_the_certificate_of_a_source_is_verified(
         trusting = Endpoint(url=source.url, ca=tmp_path / "ca.pem")
         client = PccsClient([trusting], platform.root_der, clock=lambda: now)
         assert Collateral.parse(client.fetch(SGX, seconds=5))
-        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-            monkeypatch.setenv(name, str(tmp_path / "nothing.pem"))
-        strict = PccsClient([Endpoint(url=source.url)], platform.root_der, clock=lambda: now)
+        # another authority is configured: the right one in the environment does not help
+        (tmp_path / "other.pem").write_bytes(Authority("another authority").pem)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        other_ca = Endpoint(url=source.url, ca=tmp_path / "other.pem")
+        strict = PccsClient([other_ca], platform.root_der, clock=lambda: now)
         with pytest.raises(CollateralUnavailable, match="TLS: the certificate is not trusted"):
             strict.fetch(SGX, seconds=5)
+        monkeypatch.delenv("SSL_CERT_FILE")
+        of_the_system = PccsClient([Endpoint(url=source.url)], platform.root_der, clock=lambda: now)
+        with pytest.raises(CollateralUnavailable, match="TLS: the certificate is not trusted"):
+            of_the_system.fetch(SGX, seconds=5)
         other = source.url.replace("127.0.0.1", "127.1")
         client = PccsClient([trusting.model_copy(update={"url": other})], platform.root_der, clock=lambda: now)
         with pytest.raises(CollateralUnavailable, match="TLS: the certificate is not trusted"):

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -151,7 +150,7 @@ class PccsClient:
             raise ConfigurationError.because("collateral endpoints", "none", "at least one")
         self._anchor, self._clock, self._request_seconds = anchor, clock, request_seconds
         self._stopped = threading.Event()
-        self._endpoints = tuple((endpoint, _tls(endpoint.ca)) for endpoint in endpoints)
+        self._endpoints = tuple((endpoint, _tls(endpoint)) for endpoint in endpoints)
 
     def fetch(self, kind: PlatformKind, *, seconds: float) -> bytes:
         """`QuoteCollateralV3` JSON for a platform, authentic and in its dates, within `seconds` and one request more.
@@ -289,7 +288,10 @@ def _retry_after(response: httpx2.Response) -> float:
     return float(value) if re.fullmatch(r"[0-9]{1,5}", value) else 0.0
 
 
-def _tls(ca: Path | None) -> ssl.SSLContext:
+def _tls(endpoint: Endpoint) -> ssl.SSLContext:
+    if not any(url.startswith("https:") for url in (endpoint.url, endpoint.root_crl_url)):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and reads no roots that nothing would need
+    ca = endpoint.ca
     try:
         context = ssl.create_default_context(cafile=None if ca is None else str(ca))
     except (OSError, ssl.SSLError) as error:
