@@ -12,6 +12,7 @@ from tests.refusals import rows_messages as messages
 from tests.refusals import rows_revocation as revocation
 from tests.refusals.rows_budget import BUDGETS
 from tests.refusals.rows_claims import CLAIMS
+from tests.refusals.rows_client import ANSWERS, CERTIFICATES
 from tests.refusals.rows_delegation import DELEGATIONS
 from tests.refusals.rows_enclave import ENCLAVES
 from tests.refusals.rows_host import HOST_QUOTES, HOSTS
@@ -39,6 +40,8 @@ SECTIONS: tuple[Section, ...] = (
     messages.HEARTBEATS,
     messages.MESSAGES,
     messages.RATES,
+    CERTIFICATES,
+    ANSWERS,
     HOST_QUOTES,
     HOSTS,
 )
