@@ -21,7 +21,7 @@ def lock(key: bytes, plain: bytes, context: bytes) -> bytes:
 
 
 def unlock(key: bytes, sealed: bytes, context: bytes, what: str) -> bytes:
-    """What was locked. Raises `IntegrityError` naming `what` where it was altered, moved, or locked with another key."""
+    """What was locked. Raises `IntegrityError` naming `what` where it was altered, moved, or is under another key."""
     try:
         return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
     except (InvalidTag, ValueError):  # ValueError: too short to hold a nonce

@@ -16,6 +16,7 @@ import pkcs11
 from pkcs11 import Attribute, GCMParams, KeyType, Mechanism, ObjectClass
 from pkcs11.exceptions import MultipleObjectsReturned, NoSuchKey, PinIncorrect, PinLocked, PKCS11Error
 
+from stip_keyservice.rootkey import settings
 from stip_keyservice.rootkey.asking import ask, read_line
 from stip_keyservice.rootkey.envelope import KEY_BYTES, NONCE_BYTES
 from stip_keyservice.rootkey.settings import Pkcs11Settings
@@ -26,8 +27,8 @@ TAG_BITS = 128
 
 
 class Pkcs11Provider:
-    def __init__(self, settings: Pkcs11Settings, home: Path) -> None:
-        self._settings, self._home = settings, home
+    def __init__(self, kept: Pkcs11Settings, home: Path) -> None:
+        self._settings, self._home = kept, home
 
     def keep(self, key: bytes) -> Pkcs11Settings:
         """Makes the wrapping key where the token has none of that label."""
@@ -129,7 +130,7 @@ def _kw_unwrap(_: Any, wrapping: Any, wrapped: bytes, __: bytes) -> bytes:
 
 
 Wrapping = tuple[Mechanism, Callable[[Any, Any, bytes, bytes], bytes], Callable[[Any, Any, bytes, bytes], bytes]]
-WRAPPINGS: dict[str, Wrapping] = {
+WRAPPINGS: dict[settings.Mechanism, Wrapping] = {
     "aes-gcm": (Mechanism.AES_GCM, _gcm_wrap, _gcm_unwrap),
     "aes-key-wrap": (Mechanism.AES_KEY_WRAP, _kw_wrap, _kw_unwrap),
 }

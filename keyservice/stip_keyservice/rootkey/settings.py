@@ -49,6 +49,9 @@ PathText = Annotated[str, Field(min_length=1, max_length=4096)]
 """A path as it stands in the file; relative ones are relative to the home."""
 
 
+Mechanism = Literal["aes-gcm", "aes-key-wrap"]
+
+
 class DatabaseSettings(Settings):
     url: str = Field(min_length=1, max_length=2048)
     password_file: PathText | None = None
@@ -91,7 +94,7 @@ class Pkcs11Settings(Kept):
     """Label of the token."""
     label: str = Field(default="stip-root", min_length=1, max_length=64)
     """Label of the wrapping key in it."""
-    mechanism: Literal["aes-gcm", "aes-key-wrap"] | None = None
+    mechanism: Mechanism | None = None
     """How it wraps; None: the first of these that the token has, when the key is made."""
     pin_file: PathText | None = None
     """The user PIN, one line; None: it is asked for."""

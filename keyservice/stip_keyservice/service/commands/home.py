@@ -29,7 +29,8 @@ def group() -> None:
 @click.option(
     "--database",
     metavar="URL",
-    help="postgresql+psycopg://USER@HOST/NAME?sslmode=verify-full, for several replicas.  [default: SQLite, in the home]",
+    help="postgresql+psycopg://USER@HOST/NAME?sslmode=verify-full, for several replicas.  "
+    "[default: SQLite, in the home]",
 )
 @click.option(
     "--password-file",
@@ -68,10 +69,7 @@ def init(
         with locked(path):
             if exists(path) or files.present(path):
                 raise ConfigurationError.because("home", f"{path}, where there is one", "a folder without a home")
-            if kind == "shares":
-                keeper = _quorum(threshold, count, share_dir)
-            else:
-                keeper = chosen(kind, given, None)
+            keeper = _quorum(threshold, count, share_dir) if kind == "shares" else chosen(kind, given, None)
             kept = providers.keep(keeper, path, providers.new_root_key())
             settings.store(path, configured.model_copy(update={"root_key": kept}))
     except OSError as error:

@@ -86,7 +86,10 @@ def keeping_options(name: str, *, required: bool, default: str | None = None) ->
 
 
 def chosen(kind: str, given: Mapping[str, Any], home: HomeSettings | None) -> RootKeySettings:
-    """The settings of a provider by its options; `home` is None for a new one. Raises `ConfigurationError` naming what is missing."""
+    """The settings of a provider by its options; `home` is None for a new one.
+
+    Raises `ConfigurationError` naming what is missing.
+    """
     return _CHOICES[kind](given, home)
 
 
@@ -116,10 +119,10 @@ def _pkcs11(given: Mapping[str, Any], _: HomeSettings | None) -> Pkcs11Settings:
 
 
 def _shares(_: Mapping[str, Any], home: HomeSettings | None) -> SharesSettings:
-    made = home and (home.recovery or home.root_key)
-    if made is None or made.kind != "shares":
-        raise ConfigurationError("shares: this home has none yet; make them first: `root-key shares create`")
-    return made.model_copy(update={"wrapped": None, "id": None})
+    for made in () if home is None else (home.recovery, home.root_key):
+        if isinstance(made, SharesSettings):
+            return made.model_copy(update={"wrapped": None, "id": None})
+    raise ConfigurationError("shares: this home has none yet; make them first: `root-key shares create`")
 
 
 _CHOICES: dict[str, Callable[[Mapping[str, Any], HomeSettings | None], RootKeySettings]] = {

@@ -28,9 +28,9 @@ def group() -> None:
 def rewrap_(kind: str | None, home: Path | None, **given: Any) -> None:
     """Move everything under a new root key, and destroy the former one.
 
-    For an upgrade of the enclave, after an incident, and after a user or an instance was shredded. Can be interrupted at
-    any point: the same command without --to goes on. Replicas with the same home folder keep running. Recovery shares
-    stay good.
+    For an upgrade of the enclave, after an incident, and after a user or an instance was shredded. Can be interrupted
+    at any point: the same command without --to goes on. Replicas with the same home folder keep running. Recovery
+    shares stay good.
     """
     with open_room(home) as room:
         to = None if kind is None else chosen(kind, given, settings.load(room.home.path))

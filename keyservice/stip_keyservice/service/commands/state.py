@@ -25,9 +25,9 @@ def group() -> None:
 def upgrade_(home: Path | None) -> None:
     """Bring a home and its database from an earlier version to this one, with their data.
 
-    Stop the service and back the home up first: the way back is the backup. Private keys that lay in their files as they
-    were are wrapped under the root key. The audit log stays as it is. Leases are dropped on the way from version 1:
-    running enclaves attest again.
+    Stop the service and back the home up first: the way back is the backup. Private keys that lay in their files as
+    they were are wrapped under the root key. The audit log stays as it is. Leases are dropped on the way from version
+    1: running enclaves attest again.
     """
     path = locate(home)
     if not exists(path):
@@ -45,7 +45,10 @@ def upgrade_(home: Path | None) -> None:
 @home_option
 @json_option
 def check(home: Path | None) -> None:
-    """Open every secret of the home and the database, and walk the audit log. Changes nothing; exits 1 where one fails."""
+    """Open every secret of the home and the database, and walk the audit log.
+
+    Changes nothing. Exits 1 where something does not open.
+    """
     with open_room(home) as room:
         report = recovery.rehearse(room.home.path, room.home.root, room.store)
         log = auditlog.verify(room.store, room.home.service.public_key())

@@ -3,8 +3,8 @@
     0001   version 1: instances of one epoch, users with one key, grants under the storage key
     0002   devices, domains, epochs, data keys under the root key, stateless challenges
 
-The steps are Alembic's (`migrations/`), run under the write lock in one transaction. `REVISION` is the newest; a database
-of another is refused until `stip-keyservice state upgrade` was run. Alembic itself is loaded only for that.
+The steps are Alembic's (`migrations/`), run under the write lock in one transaction. `REVISION` is the newest; a
+database of another is refused until `stip-keyservice state upgrade` was run. Alembic itself is loaded only for that.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     7  home.toml: nothing is retired any more
 
 From 2 to 5 either provider opens everything, because each root key opens the other; before that the former does, after
-that the new one. A rewrap that was interrupted goes on where it stopped. Replicas may run meanwhile: they ask their home
-again when they meet a root key that they do not hold.
+that the new one. A rewrap that was interrupted goes on where it stopped. Replicas may run meanwhile: they ask their
+home again when they meet a root key that they do not hold.
 """
 
 from __future__ import annotations

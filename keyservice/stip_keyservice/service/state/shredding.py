@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, select
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, Row, delete
 
 from stip_keyservice.service import instances
 from stip_keyservice.service.instances import Instance
-from stip_keyservice.service.state.schema import data_keys, members
+from stip_keyservice.service.state.schema import members
 from stip_keyservice.service.vault import Vault
 
 
@@ -31,6 +33,5 @@ def shred_instance(db: Connection, vault: Vault, instance: str, *, now: int) -> 
     return instances.by_id(db, instance)
 
 
-def _keys(db: Connection, vault: Vault, instance: str) -> list[object]:
-    ours = data_keys.c.subject.startswith(f"epoch/{instance}/", autoescape=True)
-    return list(db.execute(select(data_keys).where(ours, data_keys.c.destroyed_at.is_(None))).all())
+def _keys(db: Connection, vault: Vault, instance: str) -> Sequence[Row[tuple[object, ...]]]:
+    return [row for row in vault.everything(db) if row.subject.startswith(f"epoch/{instance}/")]
