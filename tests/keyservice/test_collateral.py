@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ def pccs(place: Place) -> Iterator[StandIn]:
 @pytest.fixture
 def configured(place: Place, pccs: StandIn) -> Place:
     """A service with `[collateral]` from a stand-in."""
-    table = f'[collateral]\ncache = "collateral"\nretry_minutes = 0.001\nfetch_seconds = 1\n[[collateral.endpoints]]\nurl = "{pccs.url}"\n'
+    limits = "retry_minutes = 0.001\nfetch_seconds = 1\n"
+    table = f'[collateral]\ncache = "collateral"\n{limits}[[collateral.endpoints]]\nurl = "{pccs.url}"\n'
     place.config.write_text(place.config.read_text() + table)
     return place
 
@@ -57,6 +60,11 @@ class Live(Enclave):
         if self._sent is not None:
             made.collateral = self._sent
         return made
+
+
+def scrape(announced: dict[str, str]) -> bytes:
+    with urllib.request.urlopen(f"http://{announced['metrics']}/metrics", timeout=10) as reply:
+        return bytes(reply.read())
 
 
 async def ask(stub: Any, person: Person, enclave: Enclave, instance: str) -> bytes:
@@ -87,6 +95,10 @@ async def test_evidence_is_judged_with_the_services_collateral_and_not_with_the_
             # whatever the host sends along: its age and its form do not matter
             for sent in (None, expired, b"{}"):
                 assert await ask(stub, alice, Live(place.platform, sent), made.id)
+            metrics = (await asyncio.to_thread(scrape, announced)).decode()
+            (age,) = re.findall(r"^stip_collateral_age_seconds ([0-9.]+)$", metrics, re.MULTILINE)
+            assert 60 <= float(age) < 3600
+            assert 'stip_refusals_total{code="collateral_unavailable"} 1.0' in metrics
             # and a newer word of Intel's reaches a host that keeps sending the old one
             revoked = place.platform.collateral(now - 30, faults=Faults(pck_revoked=True))
             pccs.collateral = {SGX: revoked}
