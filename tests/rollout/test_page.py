@@ -14,7 +14,10 @@ from stip_enclave.config import EnclaveSettings
 from stip_gateway.config import GatewaySettings
 from stip_keyservice.service.config import KeyServiceSettings
 from stip_keyservice.service.policy import Policy
+from stip_keyservice.service.policy.document import LeasePolicy
+from stip_protocol import telemetry
 from stip_protocol.attestation.policy import EvidencePolicy
+from stip_protocol.errors import BY_CODE
 from stip_protocol.runtime.config import load
 from stip_server.config import ServerSettings
 from tests.rollout import page
@@ -33,7 +36,8 @@ READERS: dict[str, Any] = {
     "profile.toml": Profile.load,
     "client-policy.toml": EvidencePolicy.load,
 }
-COMMANDS = page.commands() + page.commands(RUNBOOKS.read_text().partition("## Incident runbooks")[2])
+INCIDENTS = RUNBOOKS.read_text().partition("## Incident runbooks")[2]
+COMMANDS = page.commands() + page.commands(INCIDENTS)
 
 
 def test_the_page_shows_every_file_of_a_rollout() -> None:
@@ -112,3 +116,21 @@ def test_every_link_leads_somewhere() -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
             assert anchor[1:] in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}, anchor
+
+
+def test_every_refusal_and_setting_that_a_runbook_names_is_there() -> None:
+    settings = {"link_ca", "service_key", *EvidencePolicy.model_fields, *LeasePolicy.model_fields}
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", INCIDENTS))
+    metrics = {one.name for one in vars(telemetry).values() if isinstance(one, telemetry.Metric)}
+    assert {name for name in named if not name.startswith("stip_")} <= settings | BY_CODE.keys()
+    assert {name for name in named if name.startswith("stip_")} <= metrics
+
+
+def test_every_incident_says_what_it_means_what_to_check_what_to_do_and_what_users_see() -> None:
+    incidents = INCIDENTS.split("\n### ")[1:]
+    assert len(incidents) == 10
+    for incident in incidents:
+        for heading in ("*Means.*", "*Check.*", "*Do.*", "*Users see.*"):
+            assert incident.count(heading) == 1, incident[:40]
+    anchors = {one.split("\n")[0].lower().replace(" ", "-") for one in incidents}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", INCIDENTS)) <= anchors
