@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stip_enclave import lease as lease_module
 from stip_enclave.lease import LeaseAccount
-from stip_protocol.errors import BudgetSpent, LeaseExpired, StipError, Unavailable, UserRefused
+from stip_protocol.errors import BudgetSpent, LeaseExpired, LeaseRevoked, StipError, Unavailable, UserRefused
 
 Leases = Callable[..., tuple[LeaseAccount, Any]]
 
@@ -296,3 +296,35 @@ async def test_a_lease_that_has_ended_reserves_and_hands_on_nothing(leases: Leas
     assert holder.errors == ["user_refused"]
     assert (account.reserve(5, holder, holder.resumed.set), account.hand_on(1, holder, holder.resumed.set)) == (0, 0)
     assert account.spare() == 0
+
+
+async def test_a_lease_that_is_ended_fails_its_sessions_at_once_and_a_late_answer_changes_nothing(
+    leases: Leases,
+) -> None:
+    account, service = leases(tokens=100, heartbeat_tokens=4)
+    service.gate = asyncio.Event()
+    holders = [Holder(account), Holder(account)]
+    assert [holders[0].take(1) for _ in range(5)] == [1, 1, 1, 1, 0]
+    await asyncio.sleep(0)  # the heartbeat is made
+    account.end(LeaseRevoked("revoked"))
+    account.end(UserRefused("a second reason"))
+    assert [holder.errors for holder in holders] == [["lease_revoked"]] * 2
+    service.gate.set()
+    await settled(account)
+    assert holders[0].leases == []
+    assert account.take(1, holders[0], holders[0].resumed.set) == 0
+    with pytest.raises(LeaseRevoked):
+        Holder(account)
+    with pytest.raises(LeaseRevoked):
+        await account.refresh()
+
+
+async def test_a_lease_in_use_is_confirmed_on_demand_and_an_idle_one_is_not(leases: Leases) -> None:
+    account, service = leases(tokens=1000, heartbeat_tokens=1000)
+    account.confirm()
+    assert service.heartbeats == []
+    Holder(account)
+    account.confirm()
+    await settled(account)
+    assert len(service.heartbeats) == 1
+    assert account.ended is None

@@ -20,7 +20,8 @@ from stip_keyservice.service import users
 from stip_protocol import rpc
 from stip_protocol.attestation import freshness
 from stip_protocol.documents import Signed
-from stip_protocol.errors import LeaseForeign, SignatureInvalid, StipError
+from stip_protocol.errors import AuditLogForked, LeaseForeign, SignatureInvalid, StipError
+from stip_protocol.heads import open_head
 from stip_protocol.lease import Lease
 from stip_protocol.release import Bundle, Claims, Delegation, Heartbeat
 from stip_protocol.wire import enclave_pb2
@@ -376,3 +377,33 @@ def test_claims_are_only_ever_made_by_the_release_client() -> None:
     fields = {field.name for message in requests for field in message.DESCRIPTOR.fields}
     assert not fields & {"claims", "report_data", "quote"}
     assert Claims.context != freshness.FreshnessClaims.context
+
+
+async def test_each_session_brings_the_newest_signed_head_of_the_audit_log(started: Any) -> None:
+    instance, key, heads = started.protected.manifest.instance, started.developer.home.service.public_key(), []
+    for name in ("ada", "bob"):
+        opened = (await started.client().open(started.delegate(started.person(name)), instance)).opened
+        heads.append(open_head(opened.audit_head, key))
+    assert heads[0].sequence < heads[1].sequence
+    (held, _) = started.accounts._everything()
+    held.account.join(Held())
+    held.account.confirm()
+    await held.account._task
+    assert open_head(started.accounts.audit_head, key).sequence > heads[1].sequence
+
+
+async def test_a_lease_that_names_another_head_than_the_one_beside_it_is_a_fork(started: Any) -> None:
+    bundle = await leased(started)
+    lease = Signed.from_bytes(bundle.lease).open(Lease, started.developer.home.service.public_key())
+    with pytest.raises(AuditLogForked):
+        started.releases._note(bundle.audit_head, lease.model_copy(update={"audit_head": bytes(32)}))
+
+
+class Held:
+    """A session that hears of nothing."""
+
+    def lease_renewed(self, signed: bytes) -> None:
+        pass
+
+    def failed(self, error: StipError) -> None:
+        raise AssertionError(error)
