@@ -408,6 +408,18 @@ def test_a_domains_other_instances_survive_when_one_is_shredded(kept: Kept, tmp_
     store.close()
 
 
+def test_an_instance_is_shredded_by_hand_and_once_more(placed: Place) -> None:
+    (one, other) = (found["id"] for found in placed.call_here("instances", "list"))
+    for _ in range(2):
+        shown = placed.call_here("instances", "shred", one, "--yes")
+        assert shown["removed"]
+    assert placed.call_here("instances", "shred", "0" * 32, "--yes", code=1)["error"]["code"] == "instance_refused"
+    assert [found["id"] for found in placed.call_here("instances", "list")] == [other]
+    placed.call_here("state", "check")
+    events = [entry["event"] for entry in placed.call_here("audit-log", "list")]
+    assert events[-3:] == ["instance_shredded"] * 3
+
+
 def test_no_file_of_a_home_holds_a_private_key_as_it_is(kept: Kept) -> None:
     home = Home.open(kept.home)
     raw = [home.service.private_bytes_raw(), home.developer.private_bytes_raw(), home.sealing.private_bytes_raw()]

@@ -2,7 +2,8 @@
 
 The recovery key is X25519. Its public half stands in `home.toml`, so that a new root key is sealed to it (HPKE,
 RFC 9180) without anybody's share: shares outlive rewraps. Its private half is split by Shamir's scheme over GF(256)
-into mnemonics (SLIP-0039, through Trezor's `shamir-mnemonic`): fewer than M say nothing, and a mistyped word is noticed.
+into mnemonics (SLIP-0039, through Trezor's `shamir-mnemonic`): fewer than M say nothing, and a mistyped word is
+noticed.
 """
 
 from __future__ import annotations

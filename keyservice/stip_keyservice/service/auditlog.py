@@ -44,8 +44,8 @@ GRANTED = "granted"
 Event = Literal[
     "release", "renewal", "user_added", "user_removed", "user_allowed", "user_disallowed", "user_disabled",
     "user_enabled", "user_shredded", "device_added", "device_removed", "device_rotated", "budget_set",
-    "instance_added", "instance_removed", "epoch_added", "epoch_activated", "epoch_retired", "revoked",
-    "revocation_lifted", "canaries_added", "policy_loaded", "root_key_rewrapped", "recovered",
+    "instance_added", "instance_removed", "instance_shredded", "epoch_added", "epoch_activated", "epoch_retired",
+    "revoked", "revocation_lifted", "canaries_added", "policy_loaded", "root_key_rewrapped", "recovered",
     "recovery_shares_made", "clock_accepted",
     "refusals_folded",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from stip_keyservice.service.commands.room import home_option, json_option, mome
 from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.leakage import worst
 from stip_keyservice.service.policy import Policy
+from stip_keyservice.service.state.shredding import shred_instance
 from stip_protocol.leakage import LeakageCell
 
 
@@ -111,6 +112,28 @@ def remove(instance: str, home: Path | None) -> None:
             room.audit.append(db, trail)
         room.store.forget()
     _show_one(removed)
+
+
+@group.command("shred")
+@click.argument("instance")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@home_option
+@json_option
+def shred(instance: str, yes: bool, home: Path | None) -> None:
+    """Remove INSTANCE, removed before or not, and destroy every key it was kept under.
+
+    Backups open until the root key is rewrapped: `stip-keyservice root-key rewrap`. The instance's secrets.sealed opens
+    as long as it exists: delete it where it lies.
+    """
+    if not yes:
+        click.confirm(f"Shred {instance}? Nothing brings back what is destroyed", abort=True, err=True)
+    with open_room(home) as room:
+        with room.decision("instance_shredded") as trail, room.store.write() as db:
+            shredded = shred_instance(db, room.vault, instance, now=trail.now)
+            trail.subject["instance"] = shredded.id
+            room.audit.append(db, trail)
+        click.echo(f"Destroyed: {room.store.forget()}.", err=True)
+    _show_one(shredded)
 
 
 @group.command("list")
