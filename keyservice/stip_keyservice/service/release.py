@@ -10,7 +10,7 @@ that the key service must hold is in this module, in the order it is tried:
 4. (the caller takes the nonce out for good, whatever was decided)
    `require_entitled`: that key is of a present user's device, who may use the instance, which serves this kind.
 5. (the caller looks up whether any of `subjects` was revoked: `revocations.require_none`)
-6. (the caller holds what an audit of the instance measured against the policy: `Policy.require_measured`)
+6. (the caller holds enclave, user and epoch against the policy, as at every renewal: `Policy.require_running`)
 """
 
 from __future__ import annotations
