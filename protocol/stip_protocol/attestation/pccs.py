@@ -289,7 +289,7 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 def _tls(endpoint: Endpoint) -> ssl.SSLContext:
-    if not any(url.startswith("https:") for url in (endpoint.url, endpoint.root_crl_url)):
+    if endpoint.ca is None and not any(url.startswith("https:") for url in (endpoint.url, endpoint.root_crl_url)):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and reads no roots that nothing would need
     ca = endpoint.ca
     try:
