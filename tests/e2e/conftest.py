@@ -52,7 +52,7 @@ def _gpt2() -> Any:
     return _randomised(GPT2LMHeadModel(config), 11)
 
 
-def _llama(vocabulary: int, width: int) -> Any:
+def _llama(vocabulary: int, width: int, positions: int = 512) -> Any:
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -61,7 +61,7 @@ def _llama(vocabulary: int, width: int) -> Any:
         num_attention_heads=12,
         num_key_value_heads=3,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         attention_bias=True,
         mlp_bias=True,
         tie_word_embeddings=False,
@@ -76,6 +76,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _llama(211, 60),
     # Its embedding fills three chunks of a sealed file.
     "wide-llama": lambda: _llama(5003, 132),
+    # A turn outlasts whatever is done meanwhile.
+    "long-llama": lambda: _llama(211, 60, positions=8192),
 }
 
 
@@ -259,7 +261,7 @@ def revoking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Revoking]:
     try:
         for system in _system(
             tmp_path_factory.mktemp("revoking"),
-            {"victim": ("wide-llama", "hardened"), "steady": ("demo", "paper")},
+            {"victim": ("long-llama", "hardened"), "steady": ("demo", "paper")},
             policy={"lease": {"heartbeat_tokens": HEARTBEAT_TOKENS, "tokens": 4096}},
             keyservice_at=between.before,
         ):
