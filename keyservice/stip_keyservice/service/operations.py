@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from stip_keyservice.home import Home
 from stip_keyservice.service.issuer import Issuer
@@ -47,7 +48,7 @@ class Operations:
     def watch_collateral(self, shelves: Callable[[], Sequence[tuple[int, int]]]) -> None:
         """`shelves`: (issued, expires) in Unix seconds of the collateral of each platform that is kept."""
         self._collateral = shelves
-        self._telemetry.gauge(COLLATERAL_AGE).set_function(self._collateral_age)
+        self._telemetry.gauge(COLLATERAL_AGE).set_function(lambda: self._counted(self._collateral_age))
 
     def limited(self, kind: str) -> None:
         """Count what a peer's limit refused."""
@@ -108,11 +109,11 @@ class Operations:
     def _transaction(self, kind: str, seconds: float) -> None:
         self._telemetry.histogram(STORE_SECONDS).labels(kind=kind).observe(seconds)
 
-    def _counted(self, count: Callable[[], int]) -> float:
+    def _counted(self, count: Callable[[], float]) -> float:
         """Not a number where the state does not answer: a scrape shows the rest all the same."""
         try:
             return float(count())
-        except StipError:
+        except (StipError, SQLAlchemyError):
             return math.nan
 
     def _leases(self) -> int:
