@@ -8,6 +8,8 @@ from pathlib import Path
 
 from stip_stack.namespaces import Flow
 
+PROBE = "/readyz"
+"""What a supervisor asks of every part."""
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "rollout.md").read_text()
 

@@ -45,6 +45,14 @@ def knock(address, port):
 print(json.dumps({host: knock(address, port) for host, (address, port) in json.loads(sys.argv[1]).items()}))
 """
 
+ASK = """
+import sys, urllib.request, urllib.error
+try:
+    print(urllib.request.urlopen(sys.argv[1], timeout=10).status)
+except urllib.error.HTTPError as error:
+    print(error.code, error.read().decode())
+"""
+
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -241,6 +249,13 @@ def test_the_network_lets_through_the_flows_of_the_page_and_no_other(rollout: Ro
     for source in rollout.network.addresses:
         for target, outcome in rollout.knock(source).items():
             assert (outcome == "open") == ((source, target) in allowed), f"{source} to {target}: {outcome}"
+
+
+def test_every_part_says_that_it_is_ready_and_to_its_own_host_alone(rollout: Rollout) -> None:
+    for host, process in rollout.processes.items():
+        url = f"http://{process.metrics}{page.PROBE}"
+        said = run(rollout.network.within(host, [sys.executable, "-c", ASK, url]))
+        assert said.strip() == "200", host
 
 
 def test_the_client_verifies_the_enclave(rollout: Rollout) -> None:
