@@ -110,10 +110,10 @@ def _page(document: dict[str, Any]) -> str:
 
 A complete release: a challenge, and the release of a sealed bundle for it, with evidence verified (quote, collateral,
 certificates, revocation lists), the delegation checked, the budget debited, the lease and the audit entry written in
-one transaction that is on the disk (`synchronous = FULL`), the bundle sealed and signed. The service has one core,
+one transaction that is on the disk, the bundle sealed and signed. The service has one core,
 the load generator the other; the generator opens every bundle. Made by `make bench-releases`.
 
-- database: {document["database"]}; a synced write of 4 KiB there takes {milliseconds(document["fsync_seconds"])} ms
+- database: {document["database"]}; a synced write of 4 KiB on this disk takes {milliseconds(document["fsync_seconds"])} ms
 - machine: {here["cpu"]}, {here["cores"]} cores, {here["system"]}, Python {here["python"]}
 - commit: {here["commit"]}; load average before the run: {load_average(here["load_before"])}
 
