@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+import structlog
 
 from fuzz.target import SECONDS, judge_closely
 from fuzz.targets import TARGETS
@@ -138,6 +140,7 @@ def main(seconds: int, names: tuple[str, ...], jobs: int, folder: Path, report: 
     """Fuzz every reader of untrusted bytes. Exits 1 where something was found."""
     if find_spec("atheris") is None:
         raise click.UsageError("atheris is not installed: pip install -c constraints.txt -e '.[fuzz]'")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     folder = folder.absolute()
     chosen = list(names or TARGETS)
     outcomes = []

@@ -95,10 +95,10 @@ def _export(data: bytes) -> None:
 
 def _exports() -> list[bytes]:
     key = material.SIGNING.public_key()
-    header = {"format": auditexport.FORMAT, "version": [1, 0], "service": service_id(key).hex(),
+    header: dict[str, object] = {"format": auditexport.FORMAT, "version": [1, 0], "service": service_id(key).hex(),
               "public_key": key.public_bytes_raw().hex(), "at": material.NOW}  # fmt: skip
     entry = AuditEntry.model_construct(sequence=1, at=material.NOW, event="release", code="granted")
-    lines = [
+    lines: list[list[dict[str, object]]] = [
         [header, {"head": None, "entries": 0}],
         [header, {"head": base64.b64encode(_signed_head()).decode(), "entries": 0}],
         [header, {"entry": base64.b64encode(entry.to_bytes()).decode()},

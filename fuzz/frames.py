@@ -58,13 +58,13 @@ def _card() -> model_pb2.Card:
     )  # fmt: skip
 
 
-def _opening(output: int = model_pb2.OUTPUT_TOP) -> model_pb2.Open:
+def _opening(output: model_pb2.Output.ValueType = model_pb2.OUTPUT_TOP) -> model_pb2.Open:
     return model_pb2.Open(
         session=HANDLE,
         lease=good_lease(),
         output=output,
         max_positions=16,
-        request_id="ab" * 16,  # type: ignore[arg-type]
+        request_id="ab" * 16,
     )
 
 
