@@ -68,12 +68,14 @@ class Service:
         try:
             act = await case.arrange(scene)
             asked = scene.asked
-            spent, counted, length = self.spent(), count(asked, case.code), self.audit.length()
+            spent, length = self.spent(), self.audit.length()
+            counted, decisions = count(asked, case.code), decided(asked, case)
             refusal = await refused(act())
             assert refusal.code == case.code, refusal.message
             assert case.says in refusal.message
             assert self.spent() == spent, "something was debited"
             assert count(asked, case.code) == counted + case.counted
+            assert decided(asked, case) == decisions + (case.event is not None)
             entries = self.audit.latest(self.audit.length() - length)
             expected = [] if case.event is None else [(case.event, case.code, None)]
             assert [(entry.event, entry.code, entry.tokens) for entry in entries] == expected
@@ -117,6 +119,12 @@ class Service:
 def count(world: World, code: str) -> float:
     """What the metric of a process says of a code."""
     return world.telemetry.registry.get_sample_value("stip_refusals_total", {"code": code}) or 0.0
+
+
+def decided(world: World, case: Case) -> float:
+    """What a process counted of decisions like the one that a case ends with."""
+    labels = {"event": str(case.event), "code": case.code}
+    return world.telemetry.registry.get_sample_value("stip_decisions_total", labels) or 0.0
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ import pytest
 from tests.refusals import rows_collateral as collateral
 from tests.refusals import rows_freshness as freshness
 from tests.refusals import rows_messages as messages
+from tests.refusals import rows_process as process
 from tests.refusals import rows_revocation as revocation
 from tests.refusals.rows_budget import BUDGETS
 from tests.refusals.rows_claims import CLAIMS
@@ -44,6 +45,9 @@ SECTIONS: tuple[Section, ...] = (
     ANSWERS,
     HOST_QUOTES,
     HOSTS,
+    process.ENVIRONMENTS,
+    process.FILES,
+    process.STARTS,
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 Act = Callable[[], Awaitable[Any]]
 """What must be refused, ready to be done once."""
-Event = Literal["release", "renewal"]
+Event = Literal["release", "renewal", "policy_loaded"]
 Rules = Mapping[str, Any]
 """What a file says beyond the ordinary, by table. A value that is a function is called with the platform's `Forge`."""
 
