@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from stip_protocol.telemetry import LEASE_AGE, Telemetry
 
 RETRY_SECONDS = 5.0
 """What a client is told to wait where every lease that is kept is in use."""
+EARLY_LIMIT = 4096
+"""Revoked leases that are remembered without being held."""
 TIDY_SECONDS = 10.0
 """How often leases that have ended are forgotten, and with the last of an instance what its grant has opened."""
 
@@ -49,6 +52,8 @@ class Accounts:
         self._held: dict[bytes, _Held] = {}
         self._former: set[_Held] = set()
         """Superseded: a newer one is kept for the delegation, and their sessions go on."""
+        self._early: deque[bytes] = deque(maxlen=EARLY_LIMIT)
+        """Leases that were revoked and are not here: a notice may overtake the bundle that it is about."""
         self._locks: dict[bytes, tuple[asyncio.Lock, int]] = {}
         self.holding, self.empty = asyncio.Event(), asyncio.Event()
         """Whether there are any leases; each is set while the other is not."""
@@ -87,6 +92,7 @@ class Accounts:
         lease for it ends, and what its grant has opened is forgotten. Returns how many have ended.
         """
         ended = 0
+        self._early.extend(set(handles) - {held.account.held.lease.handle for held in self._everything()})
         for held in self._everything():
             manifest = held.instance.manifest
             closed = instance == manifest.instance and epoch in (None, manifest.epoch)
@@ -140,6 +146,8 @@ class Accounts:
         rows, digests = self._limits.lease_rows, {epoch: one.digest for epoch, one in epochs.items()}
         bundle = await self._releases.bundle(delegation, instance, digests, rows)
         lease = self._releases.held(bundle.lease, bundle.link_certificate, bundle)
+        if lease.lease.handle in self._early:
+            raise LeaseRevoked("lease: the key service has revoked it already")
         account = LeaseAccount(lease, self._releases, heartbeat_tokens=bundle.heartbeat_tokens, chunk=rows)
         grant = None if bundle.grant is None else Grant.from_bytes(bundle.grant)
         return _Held(account, epochs[bundle.epoch]), grant

@@ -17,8 +17,9 @@ import structlog
 
 from stip_enclave.accounts import Accounts
 from stip_enclave.release import ReleaseClient
-from stip_protocol.errors import StipError
+from stip_protocol.errors import StipError, Unavailable
 from stip_protocol.release import Notice
+from stip_protocol.runtime.logs import fault
 from stip_protocol.telemetry import CONTROL_STREAM, Telemetry
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
@@ -66,7 +67,9 @@ class ControlStream:
         reading, empty = asyncio.create_task(self._read()), asyncio.create_task(self._accounts.empty.wait())
         try:
             await asyncio.wait((reading, empty), return_when=asyncio.FIRST_COMPLETED)
-            return reading.result() if reading.done() else None
+            if not reading.done():
+                return None
+            return Unavailable("the control stream was cancelled") if reading.cancelled() else reading.result()
         finally:
             for task in (reading, empty):
                 task.cancel()
@@ -80,7 +83,10 @@ class ControlStream:
                     await self._heed(notice)
         except StipError as error:
             return error
-        raise AssertionError("a stream of notices ends with an error")
+        except Exception as defect:  # noqa: BLE001 - heartbeats go on without the stream, and so must the sessions
+            self._log.error("control stream failed", fault=fault(defect))
+            return StipError("internal error; see the log of the enclave")
+        return Unavailable("the control stream ended")
 
     async def _heed(self, notice: Notice) -> None:
         if notice.kind == "watching":

@@ -291,3 +291,22 @@ async def test_a_superseded_lease_goes_on_and_new_sessions_ask_again_where_anoth
     assert world.accounts._everything() == [held]  # there is nothing else to ask for
     for client in (first, second):
         assert await client.turn([5, 6], max_tokens=4) == (world.protected.generate([5, 6], 4), 2)
+
+
+async def test_a_revocation_that_overtakes_its_bundle_is_not_lost(
+    world: Any, developer: Developer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.start(developer.protected("llama", "hardened"))
+    bundle = world.releases.bundle
+
+    async def overtaken(*arguments: Any) -> Any:
+        made = await bundle(*arguments)
+        lease = world.releases.held(made.lease, made.link_certificate, made).lease
+        assert await world.accounts.revoke([lease.handle], None, None) == 0
+        return made
+
+    monkeypatch.setattr(world.releases, "bundle", overtaken)
+    refused = await world.client().open(world.delegate(world.person("ada")), world.protected.manifest.instance)
+    assert refused.failed.code == "lease_revoked"
+    monkeypatch.undo()
+    await world.opened(world.delegate(world.person("bob")))
