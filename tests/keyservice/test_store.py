@@ -130,6 +130,7 @@ def test_an_upgrade_that_cannot_open_a_grant_changes_nothing(
     place.call_here("state", "check")
 
 
+@pytest.mark.long
 def test_an_upgrade_that_is_killed_at_any_point_is_run_again(place: Place, version_1: dict[str, Any]) -> None:
     pristine = place.folder / "pristine"
     shutil.copytree(place.home, pristine)
@@ -139,7 +140,7 @@ def test_an_upgrade_that_is_killed_at_any_point_is_run_again(place: Place, versi
         shutil.copytree(pristine, place.home)
         if not died(lambda: upgrade(Home.open(place.home)), at):
             break
-        place.call_here("state", "upgrade")
+        upgrade(Home.open(place.home))
         assert place.call_here("state", "check")["plain"] == []
         at += 1
     assert at > 10
