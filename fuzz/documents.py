@@ -46,6 +46,7 @@ def good_lease(**changes: object) -> bytes:
 
 def _documents() -> list[Document]:
     head = AuditHead(sequence=3, hash=B32, at=material.NOW)
+    signed_head = Signed.sign(head, material.SIGNING).to_bytes()
     grant = Grant(instance=material.INSTANCE, epoch=0, preset="paper", manifest_digest=B32, part_key=B32,
                   vocabulary_seed=B32)  # fmt: skip
     return [
@@ -54,9 +55,14 @@ def _documents() -> list[Document]:
         Delegation(user=B32, enclave_key=B32, measurement=B32, instance=material.INSTANCE, nonce=B32,
                    expires=material.NOW + 60),
         _lease(),
+        Heartbeat(handle=B16, serial=1, nonce=B32, fed=64, wanted=1024),
+        Renewal(nonce=B32, lease=good_lease(), link_certificate=bytes(64), audit_head=signed_head, superseded=True),
         Watch(nonce=B32, link_key=B32),
         Notice(kind="revoked", nonce=B32, sequence=2, handles=(B16, B16), instance=material.INSTANCE, epoch=1),
         grant,
+        Bundle(delegation=B32, user_key=B32, instance=material.INSTANCE, epoch=0, manifest_digest=B32,
+               lease=good_lease(), link_certificate=bytes(64), heartbeat_tokens=64, cache_salt=B32, policy_digest=B32,
+               audit_head=signed_head, grant=grant.to_bytes(), canaries=(bytes(32),)),
         head,
         InstanceSecrets(instance=material.INSTANCE, epoch=0, preset="paper", manifest_digest=B32, root=B32),
     ]  # fmt: skip
@@ -101,7 +107,8 @@ def _heartbeat(data: bytes) -> None:
 
 
 def _heartbeats() -> list[bytes]:
-    return [b"\xff" + Watch(nonce=B32, link_key=B32).to_bytes()]
+    beat = Heartbeat(handle=B16, serial=1, nonce=B32, fed=64, wanted=1024)
+    return [b"\xff" + Watch(nonce=B32, link_key=B32).to_bytes(), b"\x00" + beat.to_bytes()]
 
 
 def _sealed(data: bytes) -> None:
