@@ -106,6 +106,7 @@ def _page(document: dict[str, Any]) -> str:
         statistics.median([each["per_second"] for each in rounds if each["streams"] == s])
         for s in {r["streams"] for r in rounds}
     )
+    sync = milliseconds(document["fsync_seconds"])
     return f"""# Releases a second
 
 A complete release: a challenge, and the release of a sealed bundle for it, with evidence verified (quote, collateral,
@@ -113,7 +114,7 @@ certificates, revocation lists), the delegation checked, the budget debited, the
 one transaction that is on the disk, the bundle sealed and signed. The service has one core,
 the load generator the other; the generator opens every bundle. Made by `make bench-releases`.
 
-- database: {document["database"]}; a synced write of 4 KiB on this disk takes {milliseconds(document["fsync_seconds"])} ms
+- database: {document["database"]}; a synced write of 4 KiB on this disk takes {sync} ms
 - machine: {here["cpu"]}, {here["cores"]} cores, {here["system"]}, Python {here["python"]}
 - commit: {here["commit"]}; load average before the run: {load_average(here["load_before"])}
 

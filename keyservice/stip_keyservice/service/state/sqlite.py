@@ -8,6 +8,7 @@ log) starts with BEGIN IMMEDIATE: what it read cannot change before it writes, w
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ class Sqlite:
 
     def __init__(self, path: Path) -> None:
         self.place = str(path)
+        self._turn = threading.Lock()
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
@@ -39,8 +41,14 @@ class Sqlite:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(begin_mode="IMMEDIATE") as db, db.begin():
-            yield db
+        # This process's threads queue here: SQLite itself has those that wait sleep and try again, up to 100 ms each.
+        if not self._turn.acquire(timeout=BUSY_SECONDS):
+            raise Unavailable("state: the database is busy")
+        try:
+            with self._engine.connect().execution_options(begin_mode="IMMEDIATE") as db, db.begin():
+                yield db
+        finally:
+            self._turn.release()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
