@@ -345,6 +345,7 @@ async def served(
     clock: Clock | None = None,
     *,
     limits: dict[str, Any] | None = None,
+    collateral: Callable[[bytes], bytes] | None = None,
 ) -> AsyncIterator[World]:
     """A key service over the home and the database in `folder`, new or there already."""
     home = Home.open(folder / "home")
@@ -352,7 +353,7 @@ async def served(
     policy = Policy.model_validate(policy_tables)
     telemetry = Telemetry("keyservice", simulated=True)
     clock = clock or Clock()
-    issuer = Issuer(home, store, policy, telemetry, root_der=platform.root_der, clock=clock)
+    issuer = Issuer(home, store, policy, telemetry, root_der=platform.root_der, clock=clock, collateral=collateral)
     servicer = KeyServiceServicer(issuer, Limits.model_validate(limits or {}))
     server = grpc.aio.server(
         interceptors=[rpc.ErrorInterceptor(lambda error: telemetry.refused(getattr(error, "code", "internal")))],

@@ -51,11 +51,11 @@ async def services(
                 folder = tmp_path_factory.mktemp("service")
                 world = await stack.enter_async_context(served(folder, platform, tables, limits=limits))
 
-                async def another(*, replica: World | None = None, ahead: int = 0, rules: Rules | None = None) -> World:
+                async def another(*, replica: World | None = None, ahead: int = 0, rules: Rules, **own: Any) -> World:
                     where = tmp_path_factory.mktemp("another") if replica is None else folder
                     clock = Clock(world.clock.now + ahead)
-                    told = merged(tables, rules or {}, forge)
-                    return await stack.enter_async_context(served(where, platform, told, clock, limits=limits))
+                    told = merged(tables, rules, forge)
+                    return await stack.enter_async_context(served(where, platform, told, clock, limits=limits, **own))
 
                 opened[name] = Service(world, forge, stranger, another, stack)
             return opened[name]

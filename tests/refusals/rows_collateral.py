@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from stip_protocol.attestation.platforms import PlatformKind
 from stip_protocol.attestation.quote import Attributes
+from stip_stack.pccs import StandIn, serve
 from stip_stack.tee import Faults
 from stip_stack.tee.collateral import EVALUATION_NUMBER
-from stip_stack.tee.pki import PCE_SVN
+from stip_stack.tee.pki import FMSPC, PCE_SVN
 from tests.refusals.forge import DAY, Edit, Forge, date, dump
 from tests.refusals.scene import Scene
 from tests.refusals.table import Act, Case, Rules, Section
 
 HOUR = 3600
+SGX = PlatformKind("sgx", FMSPC, "platform")
 EXPIRED, REFUSED, MALFORMED = "collateral_expired", "evidence_refused", "evidence_malformed"
 STATUSES = (
     "SWHardeningNeeded",
@@ -326,5 +329,46 @@ FORM = Section(
         given("no collateral", "nothing", MALFORMED, lambda scene: b""),
         given("collateral that is no JSON", "every byte", MALFORMED, lambda scene: b"\xff" * 64),
         given("collateral larger than any", "70,000 bytes", MALFORMED, lambda scene: bytes(70_000)),
+    ),
+)  # fmt: skip
+
+
+async def revoked_since(scene: Scene) -> Act:
+    """The host sends collateral from before the revocation, which would still hold for weeks."""
+    stale = scene.world.platform.collateral(scene.now)
+    now = StandIn({SGX: scene.world.platform.collateral(scene.now, faults=Faults(pck_revoked=True))})
+    served = serve(now)
+    scene.finally_(lambda: served.__exit__(None, None, None))
+    source = scene.collateral_source(served.__enter__().url)
+    replica = await scene.replica(collateral=source)
+    request = await scene.request()
+    request.collateral = stale
+    return scene.asking(request, stub=replica.stub)
+
+
+async def nobody_to_ask(scene: Scene) -> Act:
+    replica = await scene.replica(collateral=scene.collateral_source())
+    return scene.asking(await scene.request(), stub=replica.stub)
+
+
+async def another_family(scene: Scene) -> Act:
+    served = serve(StandIn({}))
+    scene.finally_(lambda: served.__exit__(None, None, None))
+    replica = await scene.replica(collateral=scene.collateral_source(served.__enter__().url))
+    return scene.asking(await scene.request(), stub=replica.stub)
+
+
+OWN = Section(
+    "Collateral of the key service's own",
+    "With `[collateral]`, evidence is judged by what the key service fetched itself, and not by what the enclave's "
+    "host likes to send.",
+    "service",
+    (
+        Case("a PCK certificate revoked since, behind collateral of before", "what the host sends", REFUSED,
+             revoked_since, says="certificate chain"),
+        Case("evidence while no collateral of its platform is kept, offline", "`[collateral]`",
+             "collateral_unavailable", nobody_to_ask),
+        Case("evidence of a platform of which the PCCS has no collateral", "`[collateral]`",
+             "collateral_unavailable", another_family),
     ),
 )  # fmt: skip

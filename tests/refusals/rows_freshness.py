@@ -57,7 +57,7 @@ async def nonce_used_twice(scene: Scene) -> Act:
 
 
 async def of_another_service(scene: Scene) -> Act:
-    other = await scene.service.another()
+    other = await scene.service.another(rules={})
     return scene.asking(await scene.request(nonce=(await other.challenge()).nonce))
 
 

@@ -19,6 +19,7 @@ from stip_keyservice.cli import main
 from stip_keyservice.service import auditlog, users
 from stip_keyservice.service.auditlog import AuditLog
 from stip_protocol import canonical, rpc
+from stip_protocol.attestation.collateral_source import CollateralSettings, CollateralSource
 from stip_protocol.documents import Signed
 from stip_protocol.errors import StipError
 from stip_protocol.lease import Lease
@@ -185,10 +186,24 @@ class Scene:
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    async def replica(self, *, ahead: int = 0, **rules: Any) -> World:
+    async def replica(
+        self, *, ahead: int = 0, collateral: Callable[[bytes], bytes] | None = None, **rules: Any
+    ) -> World:
         """Another process of the same service, whose clock is `ahead`, with `rules` in its policy. It is asked."""
-        self.asked = await self.service.another(replica=self.world, ahead=ahead, rules=rules)
+        self.asked = await self.service.another(replica=self.world, ahead=ahead, rules=rules, collateral=collateral)
         return self.asked
+
+    def collateral_source(self, *endpoints: str) -> Callable[[bytes], bytes]:
+        """What a key service with collateral of its own judges by: from a PCCS, or from an empty cache."""
+        table = {
+            "cache": self.world.folder / f"collateral-{self.number}",
+            "endpoints": [{"url": url} for url in endpoints],
+        }
+        made = CollateralSource(
+            CollateralSettings.model_validate(table), self.world.platform.root_der, clock=lambda: float(self.now)
+        )
+        self.finally_(made.close)
+        return made.for_quote
 
     def finally_(self, repair: Callable[[], None]) -> None:
         """Done after the case, so that the neighbour can be served."""

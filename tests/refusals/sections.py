@@ -29,6 +29,7 @@ SECTIONS: tuple[Section, ...] = (
     collateral.REVOKED,
     collateral.LEVELS,
     collateral.FORM,
+    collateral.OWN,
     ENCLAVES,
     freshness.FRESHNESS,
     freshness.CLOCKS,

@@ -15,7 +15,7 @@ NOT_THE_KEY_SERVICES = frozenset({
     "internal", "attestation_refused", "lease_refused", "architecture_unsupported", "checkpoint_invalid",
     "preset_refused", "unrepresentable", "integrity_violated", "manifest_mismatch", "sealed_part_invalid",
     "audit_log_forked", "channel_changed", "lease_malformed", "session_unknown", "tensor_invalid", "position_refused",
-    "draining", "replica_lost", "deadline_exceeded", "cancelled", "collateral_unavailable",
+    "draining", "replica_lost", "deadline_exceeded", "cancelled",
 })  # fmt: skip
 """Of protecting, serving and the transport, whose tests are beside their parts; and roots of the tree."""
 
