@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,19 @@ UNITS = Path(__file__).parents[2] / "manifests" / "systemd"
 SERVICES = sorted(UNITS.glob("*.service"))
 EXPOSURE = 20
 """Highest exposure accepted, in tenths of `systemd-analyze security`'s ten: below 2 is what it calls OK."""
+MODULES = {"stip-gateway": "stip_gateway.main", "stip-keyservice": "stip_keyservice.service.main"}
+WITHOUT_WRITE_AND_EXECUTE = """
+import ctypes, importlib, mmap, os, sys
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+if ctypes.CDLL(None).prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0):
+    sys.exit(3)
+try:
+    mmap.mmap(-1, 4096, prot=mmap.PROT_WRITE | mmap.PROT_EXEC)
+except OSError:
+    print("refused")
+importlib.import_module(sys.argv[1])
+print("loaded")
+"""
 SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 
 needs_systemd = pytest.mark.skipif(
@@ -134,3 +148,17 @@ def test_systemd_takes_the_users_and_folders(tmp_path: Path) -> None:
         "stip-keyservice", "stip-gateway", "stip-server", "stip-enclave", "stip-collateral",
     }  # fmt: skip
     assert (tmp_path / "var/lib/stip/keyservice").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("program", ["stip-gateway", "stip-keyservice"])
+def test_what_may_not_map_pages_to_write_and_execute_starts_without(program: str) -> None:
+    """`MemoryDenyWriteExecute=` by the kernel's own switch, PR_SET_MDWE (prctl(2), Linux 6.3): everything that `serve`
+    loads is loaded under it."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_WRITE_AND_EXECUTE, MODULES[program]],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    if done.returncode == 3:
+        pytest.skip("PR_SET_MDWE: this kernel is older than Linux 6.3")
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.split() == ["refused", "loaded"]
