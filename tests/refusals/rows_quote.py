@@ -85,21 +85,32 @@ def sized(quote: bytes, chain: bytes) -> bytes:
 Alter = Callable[[bytes, Scene], bytes]
 
 
-def quoted(name: str, told: str, code: str, alter: Alter) -> Case:
+def quoted(name: str, told: str, code: str, alter: Alter, *, says: str = "") -> Case:
     async def arrange(scene: Scene) -> Act:
         request = await scene.request()
         request.quote = alter(request.quote, scene)
         return scene.asking(request)
 
-    return Case(name, told, code, arrange)
+    return Case(name, told, code, arrange, says=says)
+
+
+def covered_by(field: Field) -> str:
+    """What a verifier says of a field that only a signature or a hash covers."""
+    if field.code == MALFORMED:
+        return ""
+    if field.offset < 500:
+        return "ISV enclave report signature"
+    return "hash mismatch" if field.name in ("attestation key", "QE authentication data") else "qe_report"
 
 
 def field_row(field: Field) -> Case:
-    where = f"bit 0 of byte {field.offset}"
     return quoted(
-        f"a quote whose {field.name} was altered", f"{field.name}: {where}", field.code,
+        f"a quote whose {field.name} was altered",
+        f"{field.name}: bit 0 of byte {field.offset}",
+        field.code,
         lambda quote, scene: flipped(quote, field.offset),
-    )  # fmt: skip
+        says=covered_by(field),
+    )
 
 
 def pems(quote: bytes) -> list[bytes]:
