@@ -10,8 +10,11 @@ import pytest
 
 collect_ignore = [] if find_spec("vllm") else ["vllm"]
 """tests/vllm needs an environment of its own, and has a command of its own: `make test-vllm`."""
-ACCEPTED_SKIPS = ("STIP_DCAP_VECTORS", "gramine-direct", "SGX", "GPU", "headless browser")
-"""Words that the reason of an accepted skip names: hardware and material that CI may lack."""
+ACCEPTED_SKIPS = (
+    "STIP_DCAP_VECTORS", "gramine-direct", "SGX", "GPU", "headless browser",
+    "network namespaces", "SoftHSM", "systemd", "PR_SET_MDWE",
+)  # fmt: skip
+"""Words that the reason of an accepted skip names: hardware, rights and material that CI may lack."""
 
 _refused: list[str] = []
 
