@@ -33,6 +33,8 @@ class Replica:
         """Of this gateway."""
         self.draining_until = -math.inf
         """On the clock of `Replicas`: no new link goes to it before."""
+        self.left = False
+        """Whether its channel was closed: nothing can be asked of it any more."""
         self._others = 0
         self._manifest_digest: bytes | None = None
 
@@ -61,6 +63,12 @@ class Replica:
             raise
         return self.card
 
+    async def close(self) -> None:
+        """Part with it: what is being asked of it ends with `ReplicaLost`."""
+        self.left = True
+        self.forget()
+        await self.channel.close()
+
     async def _ask(self, seconds: float) -> model_pb2.Card:
         wanted = self.settings
         try:
@@ -69,6 +77,11 @@ class Replica:
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            # Of a channel that was closed, which cancels its calls: whoever asks must not be cancelled with them.
+            if not self.left:
+                raise
+            raise ReplicaLost(f"replica {wanted.name}: it left the routing table") from None
         versions.require_wire(card.version, peer=f"replica {wanted.name}")
         if (card.instance, card.epoch) != (wanted.instance, wanted.epoch):
             raise ManifestMismatch.because(

@@ -81,6 +81,8 @@ class GatewayService(model_pb2_grpc.ModelServicer):
         self._require_room(link_key)  # before a replica is asked, and again after the wait for its answer
         replica = await self._replicas.choose(instance, epoch, wanted)
         self._require_room(link_key)
+        if replica.left:  # the table, while it was asked
+            raise ReplicaLost("the replica left the routing table", retry_after=self._limits.retry_seconds)
         link = LinkSessions(
             _card(replica),
             self._admission,
@@ -159,7 +161,7 @@ class GatewayService(model_pb2_grpc.ModelServicer):
             for relay in self._links_to(replica):
                 relay.end()
         finally:
-            await replica.channel.close()
+            await replica.close()
 
     def _links_to(self, replica: Replica) -> list[Relay]:
         return [relay for relay, route in self._routes.items() if route is replica]

@@ -11,7 +11,9 @@ import grpc.aio
 import pytest
 
 from stip_gateway.config import ReplicaSettings
-from stip_protocol.errors import ConfigurationError, InstanceRefused
+from stip_gateway.replicas import Replica
+from stip_protocol import rpc
+from stip_protocol.errors import ConfigurationError, InstanceRefused, ReplicaLost
 from stip_protocol.runtime.config import Settings
 from stip_protocol.runtime.rereading import require_only
 from stip_protocol.wire import model_pb2
@@ -102,6 +104,45 @@ async def test_another_epoch_of_an_instance_is_linked_beside_the_first(pair: Run
         await asyncio.gather(*(pair.route(number).describe(5) for number in range(2)))
         assert await described(pair, channel) == ["r0"]
         assert await described(pair, channel, epoch=EPOCH + 1) == ["r1"]
+
+
+async def test_a_replica_that_leaves_while_it_is_asked_does_not_end_the_asking_of_the_others(pair: Running) -> None:
+    pair.scripts[0].thinking = asyncio.Event()
+    refreshing = asyncio.create_task(pair.routes.refresh())
+    try:
+        await asyncio.wait_for(pair.scripts[0].asked.wait(), 10)
+        await pair.service.reread(table(pair, 1))
+        await settled(lambda: not pair.service._parting)
+        asked = pair.scripts[1].times_asked
+        pair.routes._ask_again.set()
+        await settled(lambda: refreshing.done() or pair.scripts[1].times_asked > asked)
+        assert not refreshing.done()
+    finally:
+        refreshing.cancel()
+        await asyncio.gather(refreshing, return_exceptions=True)
+
+
+async def test_a_link_that_waits_for_a_replica_that_leaves_is_refused_by_name(pair: Running) -> None:
+    """Its channel is closed under it: that is no defect of the gateway."""
+    pair.scripts[0].thinking = asyncio.Event()
+    pair.route(0).forget()
+    pair.scripts[0].asked.clear()
+    async with pair.channel(pair.identity) as channel:
+        call = pair.link(channel, **{"stip-replica": "r0"})
+        await asyncio.wait_for(pair.scripts[0].asked.wait(), 10)
+        await pair.service.reread(table(pair, 1))
+        assert isinstance(await failure(call), ReplicaLost)
+        # As one that was chosen before it left, and is opened after its channel was closed.
+        gone = Replica(table(pair, 0)[0], rpc.channel("127.0.0.1:1", roots=pair.operator.pem))
+        await gone.close()
+        gone.card = pair.scripts[0].card
+
+        async def chosen(*_: object) -> Replica:
+            return gone
+
+        pair.routes.choose = chosen  # type: ignore[method-assign]
+        assert isinstance(await failure(pair.link(channel)), ReplicaLost)
+    assert not pair.service._links
 
 
 class Part(Settings):
