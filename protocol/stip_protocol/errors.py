@@ -48,6 +48,7 @@
         ├── DeadlineExceeded
         ├── CollateralUnavailable     no source of collateral answers, and none is kept
         ├── ClockRefused              a clock that runs behind what was decided already
+        ├── PolicyOutdated            a replica of the key service that has not read the policy of today
         └── Cancelled
 
 A code is stable across versions: programs match on `StipError.code`, people read the message and the
@@ -313,6 +314,10 @@ class CollateralUnavailable(Unavailable):
 class ClockRefused(Unavailable):
     code = "clock_refused"
     action = Action.FIX_CONFIGURATION
+
+
+class PolicyOutdated(Unavailable):
+    code = "policy_outdated"
 
 
 class Cancelled(Unavailable):

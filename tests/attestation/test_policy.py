@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from stip_protocol.attestation.policy import EvidencePolicy
+from stip_protocol.attestation.hostpolicy import HostPolicy
+from stip_protocol.attestation.policy import EvidencePolicy, EvidenceRules
 from stip_protocol.attestation.roots import INTEL_SGX_ROOT_SHA256
 from stip_protocol.errors import ConfigurationError, PolicyInvalid, VersionUnsupported
 
@@ -130,3 +131,13 @@ def test_a_missing_file_and_a_file_that_is_not_toml_are_refused(tmp_path: Path) 
     (tmp_path / "huge.toml").write_bytes(b"#" * 300_000)
     with pytest.raises(PolicyInvalid):
         EvidencePolicy.load(tmp_path / "huge.toml")
+
+
+@pytest.mark.parametrize("kind", [EvidencePolicy, HostPolicy])
+def test_a_key_of_a_hundred_thousand_parts_is_refused_before_it_costs_the_memory_of_the_machine(
+    kind: type[EvidenceRules], tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("a" + ".a" * 120_000 + " = 1\n")
+    with pytest.raises(PolicyInvalid, match="more than 1024 dots"):
+        kind.load(path)

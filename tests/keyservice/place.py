@@ -35,6 +35,7 @@ class Place:
 
     folder: Path
     platform: SimulatedPlatform
+    config_name: str = "keyservice.toml"
 
     @classmethod
     def made(cls, folder: Path, measurement: bytes) -> Place:
@@ -55,7 +56,7 @@ class Place:
 
     @property
     def config(self) -> Path:
-        return self.folder / "keyservice.toml"
+        return self.folder / self.config_name
 
     def call(self, *arguments: str, code: int = 0) -> Any:
         """Run one command with `--json`; returns its document."""

@@ -353,7 +353,7 @@ async def test_sighup_puts_another_policy_in_force_and_a_bad_one_changes_nothing
     assert loads == ["granted", "granted", "signature_invalid", *["policy_invalid"] * 3, "granted"]
 
 
-def test_serve_refuses_to_start_with_an_old_policy(place: Place) -> None:
+def test_serve_refuses_to_start_with_an_old_policy_or_a_signature_that_does_not_hold(place: Place) -> None:
     path = place.folder / "policy.toml"
     text = path.read_text()
     path.write_text("serial = 2\n" + text)
@@ -363,3 +363,8 @@ def test_serve_refuses_to_start_with_an_old_policy(place: Place) -> None:
     done = run("serve", "--config", str(place.config))
     assert (done.returncode, done.stdout) == (2, "")
     assert "policy serial: got 1, allowed: at least 2" in done.stderr
+    path.write_text("serial = 2\n" + text)
+    signature_path(path).write_bytes(b"\xa0")
+    done = run("serve", "--config", str(place.config))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "not a signature of a policy" in done.stderr

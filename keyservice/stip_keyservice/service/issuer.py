@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import structlog
 from sqlalchemy import Connection
@@ -26,7 +27,7 @@ from stip_keyservice.service.leases import LeaseRecord
 from stip_keyservice.service.linkca import issue_link_certificate, read_link_key
 from stip_keyservice.service.nonces import Nonces
 from stip_keyservice.service.policy import Policy
-from stip_keyservice.service.policy.loading import InForce
+from stip_keyservice.service.policy.loading import InForce, require_current
 from stip_keyservice.service.ratelimit import LinkKeys
 from stip_keyservice.service.release import Applicant, EnclaveFacts, Request
 from stip_keyservice.service.state.store import Store
@@ -34,11 +35,13 @@ from stip_keyservice.service.vault import open_vault
 from stip_keyservice.service.watching import Change, Standing
 from stip_protocol.documents import Signed
 from stip_protocol.errors import (
+    AttestationError,
     FrameInvalid,
     InstanceRefused,
     LeaseForeign,
     LeaseRevoked,
     NonceRefused,
+    PolicyOutdated,
     ReleaseError,
     SignatureInvalid,
 )
@@ -58,6 +61,7 @@ from stip_protocol.release import (
 )
 from stip_protocol.telemetry import AUDIT_SEQUENCE, DECISIONS, RELEASES, Telemetry
 
+T = TypeVar("T")
 HEARTBEAT_LIMIT = 1024
 """Bytes of the largest heartbeat or watch: a few numbers and digests."""
 SIGNATURE_LIMIT = 128
@@ -102,12 +106,14 @@ class Issuer:
         clock: Callable[[], float] = time.time,
         refusals_in_full: int = 8,
         collateral: Callable[[bytes], bytes] | None = None,
+        catch_up: Callable[[], None] = lambda: None,
     ) -> None:
         """`root_der` is the simulated root that a development policy pins; None in production. `refusals_in_full`: of
         one peer in a minute, see `strangers`. `collateral`: of the platform that made a quote, to judge it with; None
-        judges it with what came along."""
+        judges it with what came along. `catch_up` reads the policy again, and calls `adopt` where there is another."""
         self._home, self._store, self._telemetry = home, store, telemetry
         self._in_force, self._collateral = InForce(policy, policy.digest(), root_der), collateral
+        self._catch_up = catch_up
         self._service = service_id(home.service.public_key())
         self._nonces, self._vault = Nonces(home.service), open_vault(home)
         entries = telemetry.gauge(AUDIT_SEQUENCE)
@@ -120,8 +126,16 @@ class Issuer:
         self._audit.refresh()
 
     def adopt(self, in_force: InForce) -> None:
-        """Decide by another policy from the next decision on; one that is under way ends by the one it began with."""
+        """Decide by another policy from the next decision on."""
         self._in_force = in_force
+
+    def outdated(self) -> str | None:
+        """Why nothing is decided until this replica has read its policy again; None where it is the one of today."""
+        try:
+            self._by_policy_of_today(self._require_current)
+        except PolicyOutdated as refusal:
+            return refusal.message
+        return None
 
     def challenge(self) -> Challenge:
         """A fresh nonce. Raises `ClockRefused`; blocks only where the clock is behind (`clock.behind`)."""
@@ -132,23 +146,16 @@ class Issuer:
         """(sealed, signature) of a `Bundle` or a `Grant`.
 
         Raises what `release` and `nonces` raise, `ClockRefused`, `LeakageRefused`, `BudgetSpent`, and where the service
-        has collateral of its own `CollateralUnavailable`. The claims' nonce is spent in any case, in the one
-        transaction that also holds the decision and its entry.
+        has collateral of its own `CollateralUnavailable`; `PolicyOutdated`. The claims' nonce is spent in any case, in
+        the one transaction that also holds the decision and its entry.
         """
-        claims, in_force = release.read_claims(request.claims), self._in_force
-        policy = in_force.policy
+        claims = release.read_claims(request.claims)
         trail = Trail("release", self.clock.reading(), {"kind": claims.kind, "instance": claims.instance}, peer)
         with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail.now)):
             trail.now = self.clock.require()
-            expires = self._nonces.require(claims.nonce, now=trail.now, seconds=policy.release.nonce_seconds)
-            if self._collateral is not None:
-                request = replace(request, collateral=self._collateral(request.quote))
-            with self._telemetry.stage("verify").time():
-                applicant = release.examine(
-                    request, claims, policy, service=self._service, root_der=in_force.root_der, now=trail.now
-                )
-                trail.subject["measurement"] = applicant.enclave.measurement
-            issued = self._issue(applicant, in_force, trail, expires)
+            applicant, issued = self._by_policy_of_today(
+                lambda in_force: self._decide(request, claims, in_force, trail)
+            )
         if issued.record is not None:
             self.link_keys.note(issued.record.handle, issued.record.link_key)
         with self._telemetry.stage("seal").time():
@@ -160,30 +167,14 @@ class Issuer:
         """A signed `Renewal` for a heartbeat.
 
         Raises `SignatureInvalid` (not the lease's link key), `LeaseRevoked`, `UserRefused`, `InstanceRefused`,
-        what `leases.find` and `leases.renew` raise, and what `Policy.require_running` does: the policy of today
-        decides, not the one of the release.
+        `PolicyOutdated`, what `leases.find` and `leases.renew` raise, and what `Policy.require_running` does: the
+        policy of today decides, not the one of the release.
         """
         _require_short(heartbeat=(heartbeat, HEARTBEAT_LIMIT), signature=(signature, SIGNATURE_LIMIT))
         handle = Heartbeat.from_bytes(heartbeat).handle
         trail = Trail("renewal", self.clock.reading(), {"handle": handle}, peer)
-        with self._audit.refusals(trail), self._store.write() as db:
-            trail.now = self.clock.require()
-            record = leases.find(db, handle)
-            beat = open_heartbeat(heartbeat, signature, read_link_key(record.link_key))
-            trail.subject |= {"user": record.user, "instance": record.instance, "epoch": record.epoch}
-            policy = self._in_force.policy
-            epoch = self._require_running(db, record, policy, trail.now)
-            again = leases.answered(record, heartbeat)
-            if again is not None:
-                return again
-            renewed, debited = leases.renew(db, record, beat, epoch, policy.lease, caps=policy.budgets, now=trail.now)
-            trail.subject["tokens"] = debited
-            head = self._audit.append(db, trail)
-            renewal = self._renewal(renewed, epoch, beat, head, trail.now)
-            leases.store_renewal(db, renewed, heartbeat, renewal)
-        self.link_keys.note(record.handle, record.link_key)
-        self._granted("renewal")
-        return renewal
+        with self._audit.refusals(trail):
+            return self._by_policy_of_today(lambda in_force: self._renew(handle, heartbeat, signature, in_force, trail))
 
     def watch(self, watch: bytes, signature: bytes, link_key: bytes) -> Watch:
         """What a watching enclave asks for, verified; its nonce is spent. `link_key` is DER.
@@ -238,9 +229,67 @@ class Issuer:
             expires = self._nonces.require(claims.nonce, now=now, seconds=seconds)
             nonces.spend(db, claims.nonce, expires=expires, now=now)
 
+    def _by_policy_of_today(self, decide: Callable[[InForce], T]) -> T:
+        """What `decide` makes of the policy in force, which asks the state in its transaction whether that is the one
+        of today. Where another replica has loaded a later one, this one reads its files, and decides by what is there:
+        also where the older one refused before it came to that, since the later one may not.
+
+        Raises `PolicyOutdated` where the older one is still there.
+        """
+        in_force = self._in_force
+        try:
+            return decide(in_force)
+        except PolicyOutdated:
+            self._catch_up()
+            if self._in_force is in_force:
+                raise
+        except (AttestationError, ReleaseError):
+            self._by_policy_of_today(self._require_current)
+            if self._in_force is in_force:
+                raise
+        return decide(self._in_force)
+
+    def _require_current(self, in_force: InForce) -> None:
+        with self._store.read() as db:
+            require_current(db, in_force)
+
+    def _decide(self, request: Request, claims: Claims, in_force: InForce, trail: Trail) -> tuple[Applicant, _Issued]:
+        policy = in_force.policy
+        expires = self._nonces.require(claims.nonce, now=trail.now, seconds=policy.release.nonce_seconds)
+        if self._collateral is not None:
+            request = replace(request, collateral=self._collateral(request.quote))
+        with self._telemetry.stage("verify").time():
+            applicant = release.examine(
+                request, claims, policy, service=self._service, root_der=in_force.root_der, now=trail.now
+            )
+            trail.subject["measurement"] = applicant.enclave.measurement
+        return applicant, self._issue(applicant, in_force, trail, expires)
+
+    def _renew(self, handle: bytes, heartbeat: bytes, signature: bytes, in_force: InForce, trail: Trail) -> bytes:
+        policy = in_force.policy
+        with self._store.write() as db:
+            require_current(db, in_force)
+            trail.now = self.clock.require()
+            record = leases.find(db, handle)
+            beat = open_heartbeat(heartbeat, signature, read_link_key(record.link_key))
+            trail.subject |= {"user": record.user, "instance": record.instance, "epoch": record.epoch}
+            epoch = self._require_running(db, record, policy, trail.now)
+            again = leases.answered(record, heartbeat)
+            if again is not None:
+                return again
+            renewed, debited = leases.renew(db, record, beat, epoch, policy.lease, caps=policy.budgets, now=trail.now)
+            trail.subject["tokens"] = debited
+            head = self._audit.append(db, trail)
+            renewal = self._renewal(renewed, epoch, beat, head, trail.now)
+            leases.store_renewal(db, renewed, heartbeat, renewal)
+        self.link_keys.note(record.handle, record.link_key)
+        self._granted("renewal")
+        return renewal
+
     def _issue(self, applicant: Applicant, in_force: InForce, trail: Trail, nonce_expires: int) -> _Issued:
         policy = in_force.policy
         with self._store.write() as db:
+            require_current(db, in_force)
             claims = applicant.claims
             nonces.spend(db, claims.nonce, expires=nonce_expires, now=trail.now)
             holder = users.by_key(db, applicant.delegation.user)

@@ -19,7 +19,7 @@ from stip_keyservice.service.policy.reloading import PolicyLoader, reload_on
 from stip_keyservice.service.server import KeyServiceServicer
 from stip_keyservice.service.state.store import Store
 from stip_protocol import rpc
-from stip_protocol.errors import StipError
+from stip_protocol.errors import PolicyInvalid, SignatureInvalid, StipError
 from stip_protocol.runtime import logs
 from stip_protocol.runtime.serving import leave_with, serve
 from stip_protocol.telemetry import Telemetry
@@ -39,9 +39,17 @@ async def run(settings: KeyServiceSettings) -> None:
     telemetry = Telemetry("keyservice", simulated=settings.simulated)
     with closing(Store(home.database, password_file=home.password_file)) as store:
         loader = PolicyLoader(settings, home, store, telemetry)
-        in_force = loader.load()
+        try:
+            in_force = loader.load()
+        except SignatureInvalid as error:  # here it is a configuration that cannot be used
+            raise PolicyInvalid(error.message) from None
         in_full = settings.limits.refusals_in_full
         source = open_source(settings)
+
+        def adopt(found: InForce) -> None:
+            issuer.adopt(found)
+            _announce(found, issuer)
+
         issuer = Issuer(
             home,
             store,
@@ -50,6 +58,7 @@ async def run(settings: KeyServiceSettings) -> None:
             root_der=in_force.root_der,
             refusals_in_full=in_full,
             collateral=None if source is None else source.for_quote,
+            catch_up=lambda: loader.catch_up(adopt),
         )
         operations = Operations(home, store, issuer, telemetry)
         servicer = KeyServiceServicer(issuer, settings.limits, observe=operations.streams, limited=operations.limited)
@@ -57,11 +66,7 @@ async def run(settings: KeyServiceSettings) -> None:
         def register(server: grpc.aio.Server) -> None:
             keyservice_pb2_grpc.add_KeyServiceServicer_to_server(servicer, server)
 
-        def adopt(found: InForce) -> None:
-            issuer.adopt(found)
-            _announce(found, issuer)
-
-        _announce(in_force, issuer)
+        adopt(in_force)
         reloading = asyncio.create_task(reload_on(hangup, loader, adopt))
         leave_with(reloading, "reloading the policy")
         credentials = rpc.server_credentials(tls.chain, tls.private_key, client_ca=None)

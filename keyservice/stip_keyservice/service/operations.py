@@ -63,6 +63,7 @@ class Operations:
         checks = [
             Check("root key", self._unsealed),
             Check("store", self._answers),
+            Check("policy", self._issuer.outdated),
             Check("clock", lambda: "behind the audit log's last entry" if self._clock_refuses() else None),
         ]
         return [*checks, Check("collateral", self._fresh)] if self._collateral is not None else checks

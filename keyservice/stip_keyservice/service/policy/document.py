@@ -60,8 +60,6 @@ if TYPE_CHECKING:
 
 POLICY_LIMIT = 256 * 1024
 """Bytes of the largest policy file."""
-DOTS_LIMIT = 1024
-"""Dots in one line: `tomllib` takes time in the square of a dotted key's parts, ten seconds for the largest file."""
 VERSION = (1, 1)
 SERIAL_LIMIT = 2**31 - 1
 
@@ -177,8 +175,6 @@ class Policy(Rules):
         """The policy in a file's bytes. Raises `PolicyInvalid` naming `name` and the rule, `VersionUnsupported`."""
         if len(data) > POLICY_LIMIT:
             raise PolicyInvalid.because(f"policy {name}", "a larger file", f"at most {POLICY_LIMIT} bytes")
-        if any(line.count(b".") > DOTS_LIMIT for line in data.split(b"\n")):
-            raise PolicyInvalid.because(f"policy {name}", "a line of more dots", f"at most {DOTS_LIMIT} in a line")
         try:
             tables = toml.read(data)
         except ValueError as error:

@@ -4,6 +4,9 @@ The state keeps the highest serial that was ever loaded, with its digest, and wh
 refuses a lower serial, the same serial with another digest, and a policy without serial or signature where the last one
 had it: whoever can put an old file back, signed as it is, gains nothing. A state that is restored from an older backup
 has forgotten what was loaded since (docs/policy.md).
+
+Replicas share the state, so every decision asks, in its own transaction, whether the policy it is made by could still
+be loaded: once one replica has loaded another, no decision of any replica is made by the one before.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from stip_keyservice.service.policy.document import Policy
 from stip_keyservice.service.policy.signing import Sealed
 from stip_keyservice.service.state.schema import meta
 from stip_keyservice.service.state.store import insert_into
-from stip_protocol.errors import IntegrityError, PolicyInvalid
+from stip_protocol.errors import IntegrityError, PolicyInvalid, PolicyOutdated
 
 META_KEY = "policy"
+_RECORDED = select(meta.c.value).where(meta.c.key == META_KEY)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class InForce:
 
 def recorded(db: Connection) -> Record | None:
     """The last policy that was loaded; None while there was none. Raises `IntegrityError`."""
-    stored = db.execute(select(meta.c.value).where(meta.c.key == META_KEY)).scalar()
+    stored = db.execute(_RECORDED).scalar()
     if stored is None:
         return None
     try:
@@ -69,6 +73,18 @@ def record(db: Connection, loaded: Sealed) -> bool:
     stored = insert_into(db, meta).values(key=META_KEY, value=value)
     db.execute(stored.on_conflict_do_update(index_elements=["key"], set_={"value": stored.excluded.value}))
     return True
+
+
+def require_current(db: Connection, in_force: InForce) -> None:
+    """Raises `PolicyOutdated` where another replica has loaded a later policy than this one."""
+    before = recorded(db)
+    if before is None:
+        return
+    try:
+        _require_no_step_back(before, Record(in_force.policy.serial, in_force.digest, in_force.signed))
+    except PolicyInvalid:
+        got, allowed = in_force.policy.serial or "none", f"{before.serial or 'the signed one'}, which was loaded since"
+        raise PolicyOutdated.because("policy serial of this replica", got, allowed) from None
 
 
 def _require_no_step_back(before: Record, now: Record) -> None:
