@@ -13,7 +13,7 @@ from stip_protocol.errors import ClockRefused
 from stip_protocol.lease import CLOCK_SKEW
 from stip_protocol.wire import keyservice_pb2
 
-from .conftest import START, Serve, World, refusal
+from .conftest import START, Person, Serve, World, refusal
 
 
 @given(now=st.integers(0, 2**40), last=st.integers(0, 2**40))
@@ -61,6 +61,27 @@ async def test_a_rewound_clock_releases_and_renews_nothing_until_it_is_right_or_
     await world.renew(enclave, lease, fed=1, wanted=1)
     await world.challenge()
     assert auditlog.verify(world.store, world.home.service.public_key()).at == world.clock.now
+
+
+async def test_what_another_process_folded_meanwhile_does_not_undo_that_a_clock_was_accepted(world: World) -> None:
+    alice = world.person("alice")
+    instance, enclave = world.instance(owner=alice), world.enclave()
+    _, lease = await world.bundle(enclave, alice, instance.id)
+    assert world.servicer is not None
+    issuer = world.servicer._issuer
+    world.clock.now = START + 5000  # a time server was wrong
+    for _ in range(10):
+        assert await refusal(world.renew(world.enclave(), lease, fed=1, wanted=1)) == "signature_invalid"
+    world.clock.now = START
+    for _ in range(10):
+        assert await refusal(world.renew(enclave, lease, fed=1, wanted=1)) == "clock_refused"
+    AuditLog(world.store, world.home.service).accept_clock(now=START, reason="set right")
+    issuer.write_folded()
+    issuer.close()
+    assert world.entries()[-1].event == "refusals_folded"
+    assert world.entries()[-1].at == START
+    await world.challenge()
+    await world.renew(enclave, lease, fed=1, wanted=1)
 
 
 async def test_a_restart_does_not_forget_how_late_it_was(serve: Serve) -> None:
@@ -118,12 +139,26 @@ async def test_a_flood_of_refusals_from_one_peer_becomes_one_entry_with_their_nu
     assert (last.event, last.code, last.count, last.peer) == ("refusals_folded", "nonce_refused", 12, "127.0.0.1")
     assert last.detail == "nonce_refused 12"
     auditlog.verify(world.store, world.home.service.public_key())
-    # whom evidence was accepted of is recorded in full, however often
-    stranger = alice.delegate(enclave, "0" * 32)
+    # what a user of ours is refused is recorded in full, however often
+    elsewhere = alice.delegate(enclave, "0" * 32)
     for _ in range(10):
-        claims = enclave.claims(await world.challenge(), stranger, "0" * 32)
-        assert await refusal(world.stub.Release(enclave.request(claims, stranger))) == "instance_refused"
+        claims = enclave.claims(await world.challenge(), elsewhere, "0" * 32)
+        assert await refusal(world.stub.Release(enclave.request(claims, elsewhere))) == "instance_refused"
     assert len(world.entries()) == 19
+
+
+async def test_whom_nobody_knows_cannot_fill_the_log_through_an_enclave_that_is_sound(world: World) -> None:
+    """Anybody can make a key, sign a delegation with it and open a session: the enclave asks for them."""
+    alice = world.person("alice")
+    instance, enclave = world.instance(owner=alice), world.enclave()
+    nobody = Person("mallory")
+    world.clock.now = START // 60 * 60 + 61
+    for _ in range(20):
+        delegation = nobody.delegate(enclave, instance.id)
+        claims = enclave.claims(await world.challenge(), delegation, instance.id)
+        assert await refusal(world.stub.Release(enclave.request(claims, delegation))) == "user_refused"
+    assert len(world.entries()) == 8
+    assert world.entries()[-1].measurement == enclave.measurement
 
 
 async def test_beyond_its_rate_a_peer_is_told_when_to_come_back(serve: Serve) -> None:

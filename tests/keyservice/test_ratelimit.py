@@ -147,6 +147,20 @@ def test_refusals_beyond_the_first_few_of_a_minute_are_counted_by_peer() -> None
     assert strangers.recorded("a", "nonce_refused", now=121)
 
 
+def test_the_turn_of_a_minute_is_no_way_to_begin_anew_again_and_again() -> None:
+    """Threads read the clock before they get here, and two replicas of one log differ by a second."""
+    strangers = Strangers(in_full=2, peers=2)
+    told = [strangers.recorded("a", "nonce_refused", now=120 - n % 2) for n in range(40)]
+    assert sum(told) <= 4
+    assert sum(one.count for one in strangers.close()) == 40 - sum(told)
+    # A clock that was set back goes on from there.
+    assert strangers.recorded("a", "nonce_refused", now=10_000)
+    assert strangers.recorded("a", "nonce_refused", now=10)
+    strangers.recorded("a", "nonce_refused", now=10)
+    assert not strangers.recorded("a", "nonce_refused", now=11)
+    assert strangers.ended(now=71)
+
+
 def test_what_was_folded_is_bounded_while_nothing_can_be_written() -> None:
     strangers = Strangers(in_full=0, peers=3)
     for minute in range(100):

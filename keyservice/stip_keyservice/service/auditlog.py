@@ -83,8 +83,9 @@ class Trail:
 
     @property
     def stranger(self) -> bool:
-        """Whether it came over the network from somebody of whom nothing was verified yet."""
-        return self.peer is not None and "measurement" not in self.subject and "user" not in self.subject
+        """Whether it came over the network and is on behalf of no user of ours, as far as was verified. Evidence alone
+        does not count: a sound enclave asks for whoever opens a session with a key that they made themselves."""
+        return self.peer is not None and "user" not in self.subject
 
 
 class AuditEntry(Document):
@@ -183,8 +184,7 @@ class AuditLog:
             yield
         except StipError as error:
             trail.subject.pop("tokens", None)
-            now = max(trail.now, self.last_at)
-            recorded = not trail.stranger or self._strangers.recorded(trail.peer or "", error.code, now=now)
+            recorded = not trail.stranger or self._strangers.recorded(trail.peer or "", error.code, now=trail.now)
             with self._store.write() as db:
                 also(db)
                 if recorded:
@@ -195,11 +195,11 @@ class AuditLog:
 
     def write_folded(self, *, now: int) -> None:
         """Write what was folded in minutes that ended: to be called now and then, also where nobody asks anything."""
-        self._write_folded(self._strangers.ended(now=max(now, self.last_at)), max(now, self.last_at))
+        self._write_folded(self._strangers.ended(now=now), now)
 
     def close(self, *, now: int) -> None:
         """Write what was folded and not written yet."""
-        self._write_folded(self._strangers.close(), max(now, self.last_at))
+        self._write_folded(self._strangers.close(), now)
 
     def accept_clock(self, *, now: int, reason: str) -> AuditEntry:
         """Take `now` for the time, though the last entry is later. Raises `ConfigurationError` where it is not."""

@@ -36,8 +36,13 @@ class ServiceClock:
         """`last`: the time of the last entry known here; `refresh` reads it from the log again."""
         self._last, self._refresh, self._wall = last, refresh, wall
 
+    def machine(self) -> int:
+        """What the machine's clock says. Entries that decide nothing are written by it: the log dates none before its
+        last one, and a last one that this process only remembers may have been overruled since."""
+        return int(self._wall())
+
     def reading(self) -> int:
-        """The time that an entry about this moment carries, whether the clock is good or not."""
+        """The time to look at the state by, whether the clock is good or not."""
         return max(int(self._wall()), self._last())
 
     @property

@@ -50,7 +50,7 @@ class Limits(Settings):
     """Of one link key: its oldest ends where another one comes."""
     rates: Rates = Rates()
     refusals_in_full: int = Field(default=8, ge=0, le=10_000)
-    """Refusals of a peer that proved nothing which the audit log records one by one, a minute; more are counted."""
+    """Refusals of a peer with no user of ours behind them which the audit log records in full, a minute; see `strangers`."""
 
 
 class KeyServiceSettings(Settings):

@@ -150,8 +150,8 @@ class Issuer:
         the one transaction that also holds the decision and its entry.
         """
         claims = release.read_claims(request.claims)
-        trail = Trail("release", self.clock.reading(), {"kind": claims.kind, "instance": claims.instance}, peer)
-        with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail.now)):
+        trail = Trail("release", self.clock.machine(), {"kind": claims.kind, "instance": claims.instance}, peer)
+        with self._audit.refusals(trail, also=lambda db: self._burn(db, claims, trail)):
             trail.now = self.clock.require()
             applicant, issued = self._by_policy_of_today(
                 lambda in_force: self._decide(request, claims, in_force, trail)
@@ -172,7 +172,7 @@ class Issuer:
         """
         _require_short(heartbeat=(heartbeat, HEARTBEAT_LIMIT), signature=(signature, SIGNATURE_LIMIT))
         handle = Heartbeat.from_bytes(heartbeat).handle
-        trail = Trail("renewal", self.clock.reading(), {"handle": handle}, peer)
+        trail = Trail("renewal", self.clock.machine(), {"handle": handle}, peer)
         with self._audit.refusals(trail):
             return self._by_policy_of_today(lambda in_force: self._renew(handle, heartbeat, signature, in_force, trail))
 
@@ -210,11 +210,11 @@ class Issuer:
 
     def write_folded(self) -> None:
         """Write what was folded of refusals in minutes that ended."""
-        self._audit.write_folded(now=self.clock.reading())
+        self._audit.write_folded(now=self.clock.machine())
 
     def close(self) -> None:
         """Write what was folded of refusals and not written yet."""
-        self._audit.close(now=self.clock.reading())
+        self._audit.close(now=self.clock.machine())
 
     def refused_instances(self) -> Mapping[str, ReleaseError]:
         """Registered instances that the policy does not serve, by id: not listed, or above its leakage maxima."""
@@ -222,8 +222,9 @@ class Issuer:
             registered = instances.everything(db)
         return {instance.id: refusal for instance in registered for refusal in self._objections(instance)}
 
-    def _burn(self, db: Connection, claims: Claims, now: int) -> None:
-        """A refusal spends the nonce as well, where it was a good one."""
+    def _burn(self, db: Connection, claims: Claims, trail: Trail) -> None:
+        """A refusal spends the nonce as well, where it was a good one: also one for the clock's sake."""
+        now = max(trail.now, self.clock.reading())
         with contextlib.suppress(NonceRefused):
             seconds = self._in_force.policy.release.nonce_seconds
             expires = self._nonces.require(claims.nonce, now=now, seconds=seconds)

@@ -1,9 +1,9 @@
-"""Refusals of callers that proved nothing: recorded, and bounded.
+"""Refusals of callers that are nobody's users, as far as they proved: recorded, and bounded.
 
-Whoever can reach the port can be refused as often as they like, and must not fill the disk with it. Per peer and minute
-the first few refusals are recorded in full; what comes after is counted, and the count becomes one entry when the
-minute has ended. Peers beyond a number are counted together. The counts are in memory: a crash loses those of its last
-minute, which the metrics of the same process would have lost too.
+Whoever can reach the port, or an enclave, can be refused as often as they like, and must not fill the disk with it. Per
+peer and minute the first few refusals are recorded in full; what comes after is counted, and the count becomes one
+entry when the minute has ended. Peers beyond a number are counted together. The counts are in memory: a crash loses
+those of its last minute, which the metrics of the same process would have lost too.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Strangers:
 
     def _turn(self, now: int) -> None:
         minute = now // MINUTE
-        if minute != self._minute:
+        # Who read the clock just before the minute turned belongs to the one that runs: nobody begins anew by it.
+        if minute > self._minute or minute < self._minute - 1:
             made = [_folded(peer, tally) for peer, tally in self._tallies.items() if tally.folded]
             # Minutes that nobody wrote (a database that does not answer) stay bounded: the newest are kept.
             self._ended = (self._ended + made)[-4 * (self._peers + 1) :]
