@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stip_keyservice import home as home_module
 from stip_keyservice.home import Home
 from stip_keyservice.rootkey import files, providers, settings, shares
 from stip_keyservice.rootkey.ring import SoftwareRoot, identity_of
@@ -22,7 +23,7 @@ from stip_keyservice.rootkey.settings import (
     RootKeySettings,
     SharesSettings,
 )
-from stip_protocol.errors import ConfigurationError, IntegrityError, StipError, VersionUnsupported
+from stip_protocol.errors import ConfigurationError, IntegrityError, StipError, Unavailable, VersionUnsupported
 
 from ..services.softhsm import OTHER_PIN, Token, softhsm
 from .place import Place
@@ -216,7 +217,8 @@ def test_any_threshold_of_the_shares_opens_and_fewer_wrong_or_mixed_ones_do_not(
         with pytest.raises(ConfigurationError, match=says) as refused:
             keeper.open(given_shares)
         for words in map(str.split, [*mnemonics, *strangers]):
-            assert not any(" ".join(words[at : at + 2]) in str(refused.value) for at in range(len(words)))
+            pairs = (" ".join(words[at : at + 2]) for at in range(len(words) - 1))
+            assert not any(pair in str(refused.value) for pair in pairs)
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(1, 3), (4, 3), (2, 17), (0, 0)])
@@ -271,12 +273,58 @@ def test_a_private_key_is_wrapped_and_bound_to_its_file(tmp_path: Path, name: st
 
 
 def test_an_operators_own_tls_key_stays_as_it_is(tmp_path: Path) -> None:
+    theirs = Home.open(tmp_path / "another authority").tls("localhost")
     home = Home.open(tmp_path / "home")
-    home.tls("localhost")
-    plain = files.unseal(home.root, "tls.key", (home.path / "tls.key").read_bytes())
-    (home.path / "tls.key").write_bytes(plain)
-    assert home.tls("localhost").private_key == plain
-    assert (home.path / "tls.key").read_bytes() == plain
+    for name, data in (("tls.key", theirs.private_key), ("tls.pem", theirs.chain)):
+        (home.path / name).write_bytes(data)
+        (home.path / name).chmod(0o600)
+    assert home.tls("localhost") == theirs
+    assert Home.open(home.path).plain_files() == ()
+    assert (home.path / "tls.key").read_bytes() == theirs.private_key
+
+
+@pytest.mark.parametrize("name", files.SECRET_FILES)
+def test_a_sealed_home_takes_no_plain_key(tmp_path: Path, name: str) -> None:
+    home, other = Home.open(tmp_path / "home"), Home.open(tmp_path / "other")
+    other.tls("localhost")
+    planted = files.unseal(other.root, name, (other.path / name).read_bytes())
+    (home.path / name).write_bytes(planted)
+    (home.path / name).chmod(0o600)
+    for public in ("pub", "pem"):  # its public half as well, as somebody would do who means it
+        half = other.path / name.replace("key", public)
+        if half.exists() and name != "tls.key":
+            (home.path / half.name).write_bytes(half.read_bytes())
+    with pytest.raises(IntegrityError, match=rf"{name}: got plain PEM"):
+        Home.open(home.path)
+    with pytest.raises(IntegrityError, match=rf"{name}: got plain PEM"):
+        home.tls("localhost")
+
+
+def test_a_home_whose_keys_are_all_gone_gets_no_others_beside_its_database(place: Place) -> None:
+    place.call_here("users", "add", "alice", "--public-key", os.urandom(32).hex(), "--budget", "5")
+    for forgotten in ("home.toml", *(path.name for path in place.home.glob("*.[kp]*"))):
+        (place.home / forgotten).unlink()
+    refused = place.call_here("users", "list", code=2)
+    assert "root.key: No such file" in refused["error"]["message"]
+    assert not any(place.home.glob("*.key"))
+
+
+def test_a_home_without_its_database_gets_no_empty_one(place: Place) -> None:
+    place.call_here("users", "add", "alice", "--public-key", os.urandom(32).hex(), "--budget", "5")
+    for path in place.home.glob("state.db*"):
+        path.unlink()
+    assert "holds no state.db" in place.call_here("users", "list", code=2)["error"]["message"]
+    assert not (place.home / "state.db").exists()
+
+
+def test_a_home_that_another_process_holds_is_unavailable_and_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(home_module, "LOCK_SECONDS", 0.1)
+    path = Home.open(tmp_path / "home").path
+    with home_module.locked(path), pytest.raises(Unavailable, match="another process"):
+        Home.open(path)
+    Home.open(path)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ FILES = {
     *(f"{name}.{end}" for name in ("developer", "service", "sealing") for end in ("key", "pub")),
     *(f"{name}.{end}" for name in ("link-ca", "tls-ca") for end in ("key", "pem")),
     "root.key",
+    "home.toml",
     ".lock",
 }
 
@@ -153,7 +154,7 @@ def test_a_configured_certificate_is_kept_and_refused_for_another_name(tmp_path:
     authority = Authority.load(authority_key, make_authority(authority_key, "Corporate authority"), "authority")
     chain = issue_server_certificate(authority, key, "keys.example")
     (home.path / "tls.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    with pytest.raises(ConfigurationError, match="another key"):
+    with pytest.raises(IntegrityError, match=r"tls\.key also your own, beside its tls\.pem"):
         home.tls("keys.example")
     (home.path / "tls.pem").write_bytes(chain)
     assert home.tls("keys.example").chain == chain

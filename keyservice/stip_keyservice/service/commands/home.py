@@ -16,7 +16,6 @@ from stip_keyservice.service.commands.keeping import chosen, keeping_options, ma
 from stip_keyservice.service.commands.room import home_option, json_option, show, table
 from stip_keyservice.service.state.postgres import require_sound
 from stip_keyservice.service.state.store import open_store
-from stip_keyservice.service.state.upgrading import plain_files
 from stip_protocol.errors import ConfigurationError
 
 
@@ -126,7 +125,7 @@ def _show(opened: Home, database: str) -> None:
         "root_key": {"kind": configured.root_key.kind, "id": opened.root.id.hex()},
         "rewrap": None if configured.rewrap is None else {"to": configured.rewrap.next.kind},
         "recovery": None if recovery is None else {"threshold": recovery.threshold, "shares": recovery.shares},
-        "plain_files": list(plain_files(opened)),
+        "plain_files": list(opened.plain_files()),
     }
     rows = [
         ("home", opened.path),
@@ -137,5 +136,5 @@ def _show(opened: Home, database: str) -> None:
     if configured.rewrap is not None:
         rows.append(("rewrap", f"interrupted, to: {configured.rewrap.next.kind}; run `root-key rewrap` to finish it"))
     if document["plain_files"]:
-        rows.append(("not wrapped", f"{', '.join(plain_files(opened))}; run `state upgrade`"))
+        rows.append(("not wrapped", f"{', '.join(opened.plain_files())}; run `state upgrade`"))
     show(document, lambda: table(("", ""), rows, empty=""))

@@ -10,7 +10,7 @@ from stip_keyservice.home import Home, exists, locate
 from stip_keyservice.service import auditlog
 from stip_keyservice.service.commands.room import home_option, json_option, open_room, show, table
 from stip_keyservice.service.state import recovery
-from stip_keyservice.service.state.upgrading import plain_files, upgrade
+from stip_keyservice.service.state.upgrading import upgrade
 from stip_protocol.errors import ConfigurationError
 
 
@@ -52,7 +52,7 @@ def check(home: Path | None) -> None:
     with open_room(home) as room:
         report = recovery.rehearse(room.home.path, room.home.root, room.store)
         log = auditlog.verify(room.store, room.home.service.public_key())
-        document = {"database": room.store.place, "audit_entries": log.sequence, "plain": list(plain_files(room.home))}
+        document = {"database": room.store.place, "audit_entries": log.sequence, "plain": list(room.home.plain_files())}
     show(document | {"checks": [vars(one) for one in report]}, lambda: recovery_table(report))
     recovery.require_whole(report)
 

@@ -25,7 +25,7 @@ RESTORE = "Restore the home from its backup, or run the rehearsed recovery (docs
 
 def permissions(patient: Patient) -> Finding:
     """Nobody but the owner reads or writes anything in the home."""
-    if not exists(patient.home):
+    if not exists(patient.home) and not files.present(patient.home):
         return failed(
             f"{patient.home} is not the home of a key service", "Name it: --home, or `home` in keyservice.toml."
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.x509 import load_pem_x509_certificate
-
 from stip_keyservice.home import Home, locked
 from stip_keyservice.rootkey import files
 from stip_keyservice.rootkey.settings import write_private
@@ -55,27 +53,11 @@ def upgrade(home: Home) -> Upgraded:
 def wrap_files(home: Home) -> tuple[str, ...]:
     """Wrap the private keys of ours that lie in their files as they were; returns which."""
     with locked(home.path):
-        plain = [path for path in files.present(home.path) if files.is_plain(path.read_bytes()) and _ours(home, path)]
-        for path in plain:
-            write_private(path, files.seal(home.root, path.name, path.read_bytes()))
-    return tuple(path.name for path in plain)
-
-
-def plain_files(home: Home) -> tuple[str, ...]:
-    """Private keys of ours that lie in their files as they are."""
-    present = files.present(home.path)
-    return tuple(path.name for path in present if files.is_plain(path.read_bytes()) and _ours(home, path))
-
-
-def _ours(home: Home, path: Path) -> bool:
-    """Not the TLS key that belongs to a certificate of the operator's own authority."""
-    chain = path.with_suffix(".pem")
-    if path.name != "tls.key" or not chain.exists():
-        return True
-    try:
-        return load_pem_x509_certificate(chain.read_bytes()).issuer == home.tls_ca.certificate.subject
-    except ValueError:
-        raise ConfigurationError.because(chain.name, "something else", "a PEM certificate") from None
+        plain = home.plain_files()
+        for name in plain:
+            path = home.path / name
+            write_private(path, files.seal(home.root, name, path.read_bytes()))
+    return plain
 
 
 def _storage_key(path: Path) -> bytes | None:
