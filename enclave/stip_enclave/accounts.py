@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from stip_enclave.instances import Instance, Instances
 from stip_enclave.lease import LeaseAccount
 from stip_enclave.release import ReleaseClient
 from stip_protocol.documents import Signed
-from stip_protocol.errors import LeaseRevoked, Overloaded, StipError
+from stip_protocol.errors import InstanceRefused, LeaseRevoked, Overloaded, StipError
 from stip_protocol.release import Grant
 from stip_protocol.telemetry import LEASE_AGE, Telemetry
 
@@ -39,6 +38,10 @@ class _Held:
     instance: Instance
 
     @property
+    def idle(self) -> bool:
+        return not self.account.in_use
+
+    @property
     def standing(self) -> bool:
         return self.account.in_use or (self.account.ended is None and not self.account.expired)
 
@@ -52,9 +55,10 @@ class Accounts:
         self._held: dict[bytes, _Held] = {}
         self._former: set[_Held] = set()
         """Superseded: a newer one is kept for the delegation, and their sessions go on."""
-        self._early: deque[bytes] = deque(maxlen=EARLY_LIMIT)
+        self._early: dict[bytes, None] = {}
         """Leases that were revoked and are not here: a notice may overtake the bundle that it is about."""
         self._locks: dict[bytes, tuple[asyncio.Lock, int]] = {}
+        """Of delegations that sessions are being opened under, with their number: what they need is not given up."""
         self.holding, self.empty = asyncio.Event(), asyncio.Event()
         """Whether there are any leases; each is set while the other is not."""
         self.empty.set()
@@ -76,7 +80,11 @@ class Accounts:
             held, grant = self._held.get(digest), None
             if held is None or not await self._usable(held, epochs):
                 new, grant = await self._release(delegation, instance, epochs)
-                self._make_room()
+                if new.instance not in self._instances.find(instance).values():
+                    raise InstanceRefused(
+                        f"instance: its epoch {new.instance.manifest.epoch} has just left this enclave"
+                    )
+                self._make_room(digest)
                 self._keep(digest, new)
                 held = new
             await self._open(delegation, held, grant, digest)
@@ -91,12 +99,18 @@ class Accounts:
         """End the leases named at once, and their sessions. With `instance`, it or one `epoch` of it is closed: every
         lease for it ends, and what its grant has opened is forgotten. Returns how many have ended.
         """
-        ended = 0
-        self._early.extend(set(handles) - {held.account.held.lease.handle for held in self._everything()})
+        ended, named = 0, frozenset(handles)
+        known = {held.account.held.lease.handle for held in self._everything()}
+        for handle in handles:  # a new stream says all of them again
+            if handle not in known:
+                self._early.pop(handle, None)
+                self._early[handle] = None
+        while len(self._early) > EARLY_LIMIT:
+            del self._early[next(iter(self._early))]
         for held in self._everything():
             manifest = held.instance.manifest
             closed = instance == manifest.instance and epoch in (None, manifest.epoch)
-            if held.account.ended is None and (closed or held.account.held.lease.handle in handles):
+            if held.account.ended is None and (closed or held.account.held.lease.handle in named):
                 held.account.end(LeaseRevoked("lease: the key service has revoked it"))
                 ended += 1
         if instance is not None:
@@ -106,8 +120,9 @@ class Accounts:
 
     def supersede(self, handles: Collection[bytes]) -> None:
         """The epoch of the leases named drains."""
+        named = frozenset(handles)
         for held in self._everything():
-            if held.account.held.lease.handle in handles:
+            if held.account.held.lease.handle in named:
                 held.account.superseded = True
 
     async def keep_tidy(self) -> None:
@@ -119,7 +134,7 @@ class Accounts:
     async def tidy(self) -> None:
         """One round of `keep_tidy`."""
         self._forget()
-        await self._instances.close_all_but({held.instance for held in self._everything()})
+        await self._instances.close_all_but(lambda: {held.instance for held in self._everything()})
 
     async def stop(self) -> None:
         """Renew nothing more."""
@@ -181,7 +196,7 @@ class Accounts:
     def _forget(self) -> None:
         """Drop what no session may use any more."""
         self._former = {held for held in self._former if held.account.in_use}
-        self._held = {digest: held for digest, held in self._held.items() if held.standing}
+        self._held = {digest: held for digest, held in self._held.items() if held.standing or digest in self._locks}
         self._count()
 
     def _count(self) -> None:
@@ -189,10 +204,10 @@ class Accounts:
         some.set()
         none.clear()
 
-    def _make_room(self) -> None:
+    def _make_room(self, wanted: bytes) -> None:
         self._forget()
-        if len(self._held) >= self._limits.accounts:
-            idle = next((digest for digest, held in self._held.items() if not held.account.in_use), None)
+        if wanted not in self._held and len(self._held) >= self._limits.accounts:
+            idle = next((each for each, held in self._held.items() if each not in self._locks and held.idle), None)
             if idle is None:
                 error = Overloaded.because("leases", len(self._held) + 1, f"at most {self._limits.accounts}")
                 error.retry_after = RETRY_SECONDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,9 +98,14 @@ class Instance:
                     "instance opened", instance=manifest.instance, epoch=manifest.epoch, seconds=seconds
                 )
 
-    async def close(self) -> None:
-        """End all links and forget what the grant has opened: only a new one opens the instance again. Idempotent."""
+    async def close(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """End all links and forget what the grant has opened: only a new one opens the instance again. Idempotent.
+
+        `unless` is asked at the last moment: one that is being opened is waited for, and may be needed by then.
+        """
         async with self._loading:
+            if unless():
+                return
             opened, self._opened = self._opened, None
         if opened is not None:
             await opened.links.stop()
@@ -186,11 +191,15 @@ class Instances:
         each = [one for one in self._everything() if one.manifest.instance == instance]
         await asyncio.gather(*(one.close() for one in each if epoch in (None, one.manifest.epoch)))
 
-    async def close_all_but(self, used: Collection[Instance]) -> None:
-        """Forget what grants have opened, where no lease stands behind it any more."""
-        unused = [one for one in self._everything() if one not in used]
-        self._leaving.intersection_update(used)
-        await asyncio.gather(*(one.close() for one in unused))
+    async def close_all_but(self, used: Callable[[], Collection[Instance]]) -> None:
+        """Forget what grants have opened, where no lease stands behind it any more: `used` says where one does."""
+        unused = [one for one in self._everything() if one not in used()]
+        await asyncio.gather(*(one.close(partial(self._in, one, used)) for one in unused))
+        self._leaving.intersection_update(used())
+
+    @staticmethod
+    def _in(one: Instance, used: Callable[[], Collection[Instance]]) -> bool:
+        return one in used()
 
     async def stop(self) -> None:
         """End all links of all instances."""

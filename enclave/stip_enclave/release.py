@@ -190,8 +190,8 @@ class ReleaseClient:
         return HeldLease(signed, lease, link_certificate)
 
     def _note(self, signed: bytes, lease: Lease) -> None:
-        """Keep a head that came with a lease, where it is the newest. A log that went back is not judged here, only
-        handed on: who was shown what is for clients to compare.
+        """Keep a head that came with a lease, where it is the newest. A log that went back, or has two hashes at one
+        place, is not judged here, only handed on: who was shown what is for clients to compare.
 
         Raises `AuditLogForked` where the lease names another head.
         """
@@ -199,7 +199,7 @@ class ReleaseClient:
         if head.hash != lease.audit_head:
             raise AuditLogForked("lease audit_head: another head than the one that came with it", field="audit_head")
         kept = self._head
-        if kept is None or head.sequence > kept.sequence or head.at > kept.at:
+        if kept is None or head.sequence >= kept.sequence or head.at > kept.at:
             self._head, self.audit_head = head, signed
 
     async def _challenge(self, metadata: Metadata) -> bytes:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -27,7 +28,7 @@ from stip_keyservice.service import revocations, users
 from stip_protocol import rpc
 from stip_protocol.documents import Signed
 from stip_protocol.errors import LeaseRevoked, StipError
-from stip_protocol.release import NONCE_BYTES, Notice, Watch, open_watch, service_id
+from stip_protocol.release import NONCE_BYTES, AuditHead, Notice, Watch, open_watch, service_id
 from stip_protocol.telemetry import CONTROL_STREAM, Telemetry
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 from stip_stack.pki import Authority
@@ -310,3 +311,147 @@ async def test_a_revocation_that_overtakes_its_bundle_is_not_lost(
     assert refused.failed.code == "lease_revoked"
     monkeypatch.undo()
     await world.opened(world.delegate(world.person("bob")))
+
+
+# -- leases that are asked about while something else happens ---------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def held_up(world: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> AsyncIterator[Callable[[], Any]]:
+    """Keep the key service's answers back: what is yielded waits for a request of this kind, and leaving lets go."""
+    real, asked, free = getattr(world.releases, name), asyncio.Event(), asyncio.Event()
+
+    async def late(*arguments: Any) -> Any:
+        asked.set()
+        await free.wait()
+        return await real(*arguments)
+
+    monkeypatch.setattr(world.releases, name, late)
+    try:
+        yield lambda: asyncio.wait_for(asked.wait(), 10)
+    finally:
+        free.set()
+        monkeypatch.setattr(world.releases, name, real)
+
+
+async def test_a_lease_that_is_renewed_for_a_new_session_is_not_lost_from_sight_by_tidying(
+    world: Any, developer: Developer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.start(developer.protected("llama", "hardened"), lease={"heartbeat_tokens": 1000})
+    delegation, instance = world.delegate(world.person("ada")), world.protected.manifest.instance
+    await (await world.opened(delegation)).close()
+    await world.until_sessions(0)
+    (held,) = world.accounts._everything()
+    client = world.client()
+    async with held_up(world, monkeypatch, "renew") as asked:
+        # By the host's clock it has run out: it is renewed before a session may use it, and meanwhile nobody does.
+        held.account._clock = lambda: held.account.held.lease.expires + 1.0
+        opening = asyncio.create_task(client.open(delegation, instance))
+        await asked()
+        await world.accounts.tidy()
+        held.account._clock = time.time
+    assert (await opening).HasField("opened")
+    await world.accounts.tidy()
+    assert await client.turn([5, 6], max_tokens=4) == (world.protected.generate([5, 6], 4), 2)
+    (now,) = world.accounts._everything()
+    assert await world.accounts.revoke([now.account.held.lease.handle], None, None) == 1
+    assert await client.failure() == "lease_revoked"
+
+
+async def test_an_epoch_that_leaves_the_configuration_while_its_lease_is_on_the_way_is_not_opened(
+    world: Any, developer: Developer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.start(developer.protected("llama", "hardened"))
+    delegation, instance = world.delegate(world.person("ada")), world.protected.manifest.instance
+    (leaving,) = world.instances.find(instance).values()
+    async with held_up(world, monkeypatch, "bundle") as asked:
+        opening = asyncio.create_task(world.client().open(delegation, instance))
+        await asked()
+        await world.instances.reread([])
+        await world.accounts.tidy()
+    assert (await opening).failed.code == "instance_refused"
+    assert not leaving.loaded
+    assert not world.accounts._everything()
+
+
+async def test_what_tidying_found_unused_is_not_closed_under_who_came_meanwhile(
+    world: Any, developer: Developer
+) -> None:
+    await world.start(developer.protected("llama", "hardened"))
+    delegation = world.delegate(world.person("ada"))
+    client = await world.opened(delegation)
+    (instance,) = world.instances.find(world.protected.manifest.instance).values()
+    (held,) = world.accounts._everything()
+    kept, world.accounts._held = world.accounts._held, {}
+    await instance._loading.acquire()  # as one that another session is just opening
+    tidying = asyncio.create_task(world.accounts.tidy())
+    await asyncio.sleep(0)
+    world.accounts._held = kept
+    instance._loading.release()
+    await tidying
+    assert instance.loaded
+    assert held.account.ended is None
+    assert await client.turn([5, 6], max_tokens=4) == (world.protected.generate([5, 6], 4), 2)
+
+
+async def test_a_lease_that_is_being_opened_is_not_given_up_for_room(
+    world: Any, developer: Developer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.start(developer.protected("llama", "hardened"), accounts=1)
+    ada, bob = [world.delegate(world.person(name)) for name in ("ada", "bob")]
+    instance, first = world.protected.manifest.instance, world.client()
+    async with held_up(world, monkeypatch, "grant") as asked:
+        opening = asyncio.create_task(first.open(ada, instance))
+        await asked()
+        refused = await world.client().open(bob, instance)
+        assert refused.failed.code == "overloaded"
+    assert (await opening).HasField("opened")
+    (held,) = world.accounts._everything()
+    assert held.account.in_use
+
+
+async def test_a_thousand_revocations_told_again_and_again_are_remembered_once_and_bounded(
+    world: Any, developer: Developer
+) -> None:
+    await world.start(developer.protected("llama", "hardened"))
+    first = bytes([255]) * 16
+    await world.accounts.revoke([first], None, None)
+    handles = [number.to_bytes(16, "big") for number in range(1000)]
+    for _ in range(8):  # as many streams
+        await world.accounts.revoke(handles, None, None)
+    assert first in world.accounts._early
+    assert len(world.accounts._early) == 1001
+    for start in range(0, 10_000, 1000):
+        await world.accounts.revoke([number.to_bytes(16, "big") for number in range(start, start + 1000)], None, None)
+    assert len(world.accounts._early) <= 4096
+    assert (9_999).to_bytes(16, "big") in world.accounts._early
+
+
+async def test_a_session_that_was_revoked_asks_for_a_new_lease_and_never_gets_the_old_one(
+    world: Any, developer: Developer
+) -> None:
+    await world.start(developer.protected("llama", "hardened"))
+    delegation = world.delegate(world.person("ada"))
+    client = await world.opened(delegation)
+    (held,) = world.accounts._everything()
+    handle = held.account.held.lease.handle
+    await world.accounts.revoke([handle], None, None)
+    assert await client.failure() == "lease_revoked"
+    await world.opened(delegation)
+    (after,) = world.accounts._everything()
+    assert after.account.held.lease.handle != handle
+
+
+def test_two_heads_of_one_entry_are_both_handed_to_clients(scene: Scene) -> None:
+    """Which of them is the log's is not for the enclave to say: clients hold them against each other."""
+
+    def shown(sequence: int, digest: bytes, at: int) -> bytes:
+        signed = Signed.sign(AuditHead(sequence=sequence, hash=digest, at=at), SERVICE).to_bytes()
+        scene.releases._note(signed, SimpleNamespace(audit_head=digest))  # type: ignore[arg-type]
+        return signed
+
+    first, second = shown(7, bytes(32), 1000), shown(7, bytes([1]) * 32, 1000)
+    assert first != second
+    assert scene.releases.audit_head == second
+    shown(6, bytes([2]) * 32, 999)  # late, as from a call that was overtaken
+    assert scene.releases.audit_head == second

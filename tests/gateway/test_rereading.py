@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from stip_gateway.replicas import Replica
 from stip_protocol import rpc
 from stip_protocol.errors import ConfigurationError, InstanceRefused, ReplicaLost
 from stip_protocol.runtime.config import Settings
-from stip_protocol.runtime.rereading import require_only
+from stip_protocol.runtime.rereading import on_hangup, require_only
 from stip_protocol.wire import model_pb2
 from tests.gateway.running import Running, failure, read, settled
 from tests.gateway.test_routing import described, linked, links
@@ -157,3 +159,44 @@ def test_a_change_of_anything_but_the_table_is_refused_and_named() -> None:
     require_only("table", Part(table=(1,)), Part(table=(2, 3)))
     with pytest.raises(ConfigurationError, match="a change of folder, name, allowed: a change of table"):
         require_only("table", Part(), Part(table=(2,), folder=Path("x"), name="y"))
+
+
+async def test_no_fault_of_rereading_ends_the_part_and_a_storm_of_signals_is_one_after_the_other() -> None:
+    taken: list[Part] = []
+    outcomes: list[Callable[[], Part]] = []
+    at_once = 0
+
+    def reread() -> Part:
+        nonlocal at_once
+        at_once += 1
+        assert at_once == 1
+        return outcomes.pop(0)() if outcomes else Part(table=(9,))
+
+    async def take(wanted: Part) -> None:
+        nonlocal at_once
+        await asyncio.sleep(0)
+        at_once -= 1
+        if wanted.table == (4,):
+            raise RuntimeError("a defect")
+        taken.append(wanted)
+
+    def broken() -> Part:
+        nonlocal at_once
+        at_once -= 1
+        raise PermissionError("SENTINEL")
+
+    running = asyncio.create_task(on_hangup(Part(), reread, "table", take))
+    try:
+        await asyncio.sleep(0)
+        for outcome, wanted in ((broken, 0), (lambda: Part(table=(4,)), 0), (lambda: Part(table=(2,)), 1)):
+            outcomes.append(outcome)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await settled(lambda: running.done() or not outcomes)
+            await settled(lambda: running.done() or (not at_once and len(taken) >= wanted))  # noqa: B023
+        for _ in range(200):
+            os.kill(os.getpid(), signal.SIGHUP)
+        await settled(lambda: running.done() or taken[-1:] == [Part(table=(9,))])
+        assert not running.done()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stip_keyservice.service.policy import Policy
 from stip_protocol.attestation.collateral_source import CollateralSettings
@@ -50,7 +51,7 @@ class Limits(Settings):
     """Of one link key: its oldest ends where another one comes."""
     rates: Rates = Rates()
     refusals_in_full: int = Field(default=8, ge=0, le=10_000)
-    """Refusals of a peer with no user of ours behind them which the audit log records in full, a minute; see `strangers`."""
+    """Refusals of a peer without a user of ours that the audit log records one by one, a minute; more are counted."""
 
 
 class KeyServiceSettings(Settings):
@@ -70,6 +71,13 @@ class KeyServiceSettings(Settings):
     limits: Limits = Limits()
     simulated: bool = False
     """Must be set, and only then, where the policy trusts a simulated TEE."""
+
+    @model_validator(mode="after")
+    def _threads_are_left(self) -> Self:
+        if self.collateral is not None and self.collateral.waiters >= self.limits.threads:
+            got, most = self.collateral.waiters, self.limits.threads - 1
+            raise ValueError(f"collateral.waiters: got {got}, allowed: at most {most}, fewer than limits.threads")
+        return self
 
 
 def trust(settings: KeyServiceSettings, policy: Policy) -> bytes | None:

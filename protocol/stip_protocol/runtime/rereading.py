@@ -11,6 +11,7 @@ import structlog
 
 from stip_protocol.errors import ConfigurationError, StipError
 from stip_protocol.runtime.config import Settings
+from stip_protocol.runtime.logs import fault
 
 S = TypeVar("S", bound=Settings)
 
@@ -18,7 +19,7 @@ S = TypeVar("S", bound=Settings)
 async def on_hangup(current: S, reread: Callable[[], S], table: str, apply: Callable[[S], Awaitable[None]]) -> None:
     """For ever: on each SIGHUP, hand what `reread` gives to `apply`, where nothing but `table` has changed.
 
-    What is refused, and what `apply` raises of the error tree, is logged, and the part goes on with what it had. To be
+    What is refused, and whatever `reread` and `apply` raise, is logged, and the part goes on with what it had. To be
     started before the part announces itself: a process without a handler ends with the signal.
     """
     hangup, log = asyncio.Event(), structlog.get_logger()
@@ -32,6 +33,8 @@ async def on_hangup(current: S, reread: Callable[[], S], table: str, apply: Call
             await apply(wanted)
         except StipError as error:
             log.error("configuration not taken", table=table, code=error.code, detail=error.message)
+        except Exception as defect:  # noqa: BLE001 - nothing in a file may end a part that serves
+            log.error("configuration not taken", table=table, code="internal", fault=fault(defect))
         else:
             current = wanted
             log.info("configuration taken", table=table)
