@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from stip_keyservice.home import Home
 from stip_keyservice.service import budgets, instances, users
 from stip_keyservice.service.auditlog import AuditLog, Trail, verify
 from stip_keyservice.service.policy import Budgets
+from stip_keyservice.service.shredding import shred_user
 from stip_keyservice.service.state import postgres as backend_module
 from stip_keyservice.service.state import revisions
 from stip_keyservice.service.state.schema import data_keys, metadata
@@ -212,11 +212,28 @@ def test_the_password_is_read_from_its_file_at_each_connection(postgres: Server,
         ("postgresql+psycopg://stip@db.example/stip", "sslmode: got none, allowed: verify-full"),
         ("postgresql+psycopg://stip@db.example/stip?sslmode=require", "sslmode: got require, allowed: verify-full"),
         ("postgresql+psycopg:///stip?host=db.example", "sslmode: got none, allowed: verify-full"),
+        ("postgresql+psycopg:///stip?host=localhost,db.example", "sslmode: got none, allowed: verify-full"),
+        ("postgresql+psycopg:///stip?host=localhost&host=db.example", "sslmode: got none, allowed: verify-full"),
+        ("postgresql+psycopg://stip@localhost/stip?hostaddr=192.0.2.1", "parameters: got hostaddr"),
+        ("postgresql+psycopg://stip@localhost/stip?service=elsewhere", "parameters: got service"),
+        ("postgresql+psycopg://stip@localhost/stip?password=secret", "parameters: got password"),
+        ("postgresql+psycopg://stip@localhost/stip?sslpassword=secret", "parameters: got sslpassword"),
+        ("postgresql+psycopg://stip@localhost/stip?options=-csynchronous_commit%3Doff", "parameters: got options"),
     ],
 )
 def test_a_url_with_a_password_or_without_checks_is_refused(place: str, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says) as refused:
         Store(make_url(place))
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", backend_module.ENVIRONMENT)
+def test_an_environment_that_would_lead_elsewhere_or_holds_the_password_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "secret.example")
+    with pytest.raises(ConfigurationError, match=f"environment: got {name}") as refused:
+        Store(make_url("postgresql+psycopg:///stip"))
     assert "secret" not in str(refused.value)
 
 
@@ -286,14 +303,28 @@ def test_a_shredded_key_is_gone_from_the_table_and_what_is_not_cleared_is_said(
         key = vault.make(db, "domain/acme", parent=None, now=1)
     with store.write() as db:
         vault.destroy(db, key, now=2)
+    assert _dead(postgres, url, "data_keys") == 1
     assert re.search("write-ahead log.*rewrap", store.forget())
     with store.read() as db:
         assert db.execute(select(data_keys.c.wrapped)).scalars().all() == [None]
-    deadline = time.monotonic() + 20
-    counted = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'data_keys'"
-    while (dead := postgres.run(counted, str(url.database))) != [(0,)]:
-        assert time.monotonic() < deadline, dead
-        time.sleep(0.1)
+    assert _dead(postgres, url, "data_keys") == 0
+
+
+def test_a_shredded_users_names_are_in_no_dead_row(store: Store, url: URL, postgres: Server, tmp_path: Path) -> None:
+    with store.write() as db:
+        alice = users.add(db, "alice", bytes(32), budget=1, now=1)
+    with store.write() as db:
+        shred_user(db, open_vault(Home.open(tmp_path / "home")), alice, now=2)
+    assert _dead(postgres, url, "users", "devices") == 4
+    store.forget()
+    assert _dead(postgres, url, "users", "devices") == 0
+
+
+def _dead(postgres: Server, url: URL, *tables: str) -> int:
+    """Rows that were deleted or overwritten and still lie in the tables."""
+    postgres.run("CREATE EXTENSION IF NOT EXISTS pgstattuple", str(url.database))
+    counted = "SELECT " + " + ".join(f"(pgstattuple('{name}')).dead_tuple_count" for name in tables)
+    return int(str(postgres.run(counted, str(url.database))[0][0]))
 
 
 def test_errors_name_no_address_and_no_parameters(postgres: Server, url: URL) -> None:

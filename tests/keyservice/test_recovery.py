@@ -18,13 +18,12 @@ from stip_keyservice.rootkey.ring import SoftwareRoot
 from stip_keyservice.rootkey.settings import FileSettings, GramineSettings
 from stip_keyservice.service import instances, users
 from stip_keyservice.service.auditlog import AuditLog, verify
-from stip_keyservice.service.shredding import shred_user
+from stip_keyservice.service.shredding import shred_instance, shred_user
 from stip_keyservice.service.state import recovery
 from stip_keyservice.service.state.rewrap import Rewrapped, rewrap
-from stip_keyservice.service.state.shredding import shred_instance
 from stip_keyservice.service.state.store import Store
 from stip_keyservice.service.vault import Vault, open_vault
-from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
+from stip_protocol.errors import ConfigurationError, IntegrityError, StipError, Unavailable
 from stip_protocol.release import Grant
 
 from ..services.kills import died
@@ -162,6 +161,34 @@ def test_a_former_provider_that_is_gone_keeps_nobody_from_finishing(kept: Kept, 
     assert "destroy what it holds yourself" in kept.rewrap(None).former
     with pytest.raises(ConfigurationError, match="no rewrap was interrupted"):
         kept.rewrap(None)
+
+
+def test_a_root_key_that_was_rewrapped_meanwhile_is_handed_to_nobody(kept: Kept) -> None:
+    before, store = kept.open()
+    kept.rewrap(FileSettings(path="next.key"))
+    found = settings.load(kept.home)
+    for act in (
+        lambda: recovery.recover(kept.home, before.root, FileSettings(path="third.key")),
+        lambda: rewrap(before, store, AuditLog(store, before.service), FileSettings(path="third.key"), now=3),
+    ):
+        with pytest.raises(Unavailable, match="another process rewrapped"):
+            act()
+    assert settings.load(kept.home) == found
+    assert not (kept.home / "third.key").exists()
+    store.close()
+
+
+def test_shares_of_a_root_key_that_was_rewrapped_meanwhile_are_not_made(
+    placed: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Home.open(placed.home)
+    placed.call_here("root-key", "rewrap", "--to", "file")
+    monkeypatch.setattr(Home, "open", lambda path: opened)  # what the command opened before the other one was through
+    out = placed.folder / "shares"
+    made = ["--threshold", "2", "--shares", "3", "--out", str(out)]
+    assert placed.call_here("root-key", "shares", "create", *made, code=1)["error"]["code"] == "unavailable"
+    assert settings.load(placed.home).recovery is None
+    assert not out.exists()
 
 
 # A rewrap that is killed ---------------------------------------------------------------------------------------------

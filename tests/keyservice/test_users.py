@@ -286,6 +286,9 @@ def all_devices(world: World, user: User) -> list[users.Device]:
 
 async def test_names_that_could_be_mistaken_are_refused(world: World) -> None:
     with world.store.write() as db:
+        for name in ("ab" * 16, f"shredded-{'ab' * 16}", "shredded-x"):
+            with pytest.raises(ConfigurationError, match="cannot be taken for a user's id"):
+                users.add(db, name, b"c" * 32, budget=1, now=START)
         for name in ("user/abc", "domain:x", "", "a" * 65, "-x", "a b"):
             for fields in ({"domain": name}, {"device": name}):
                 with pytest.raises(ConfigurationError):
@@ -317,7 +320,11 @@ def test_the_operator_keeps_users_by_hand(place: Place) -> None:
     }  # fmt: skip
     text = told_here("users", "usage", "alice", "--csv", "--home", str(place.home)).stdout
     assert text == "day,debited,fed,leases,renewals\n"
-    shredded = call("users", "shred", "alice", "--yes")
+    said = told_here("users", "shred", "nobody", "--yes", "--home", str(place.home))
+    assert "no such user" in said.stderr
+    told = told_here("users", "shred", "alice", "--yes", "--home", str(place.home))
+    assert "Destroyed: overwritten in the database file" in told.stderr
+    shredded = call("users", "shred", added["id"], "--yes")
     assert shredded["name"] == f"shredded-{added['id']}"
     assert call("users", "list") == []
     for arguments in (

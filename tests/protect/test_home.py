@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from stip_keyservice.certificates import issue_server_certificate
 from stip_keyservice.home import HOME_VARIABLE, Home
-from stip_protocol.errors import ConfigurationError, StipError
+from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
 from stip_protocol.runtime.authority import Authority, make_authority
 
 FILES = {

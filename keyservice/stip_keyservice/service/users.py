@@ -23,6 +23,8 @@ BUDGET_LIMIT = 2**40
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 """Of a user, a device or a domain."""
 KEY_TEXT_LIMIT = 4096
+RESERVED = re.compile(r"[0-9a-f]{32}|shredded-.*")
+"""What no user is called: it would be taken for another one's id, or for one who was shredded."""
 FIRST_DEVICE = "first"
 """What a device is called that came with its user."""
 
@@ -93,6 +95,8 @@ def add(
     budget that is not allowed.
     """
     _check_name("user name", name)
+    if RESERVED.fullmatch(name):
+        raise ConfigurationError.because("user name", name, "one that cannot be taken for a user's id")
     _check_name("device name", device)
     _check_budget(budget, at_least=0)
     if domain is not None:

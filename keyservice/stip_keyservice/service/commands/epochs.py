@@ -71,7 +71,7 @@ def retire(instance: str, epoch: int, at_once: bool, home: Path | None) -> None:
                 instances.require_idle(db, instance, epoch, now=trail.now)
             found = instances.retire(db, room.vault, instance, epoch, now=trail.now)
             room.audit.append(db, trail)
-        room.store.forget()
+        room.forget()
     _show(found, {})
 
 

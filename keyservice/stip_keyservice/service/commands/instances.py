@@ -18,7 +18,7 @@ from stip_keyservice.service.commands.room import home_option, json_option, mome
 from stip_keyservice.service.instances import Epoch, Instance
 from stip_keyservice.service.leakage import worst
 from stip_keyservice.service.policy import Policy
-from stip_keyservice.service.state.shredding import shred_instance
+from stip_keyservice.service.shredding import shred_instance
 from stip_protocol.leakage import LeakageCell
 
 
@@ -110,7 +110,7 @@ def remove(instance: str, home: Path | None) -> None:
             removed = instances.remove(db, room.vault, instance, now=trail.now)
             trail.subject["instance"] = removed.id
             room.audit.append(db, trail)
-        room.store.forget()
+        room.forget()
     _show_one(removed)
 
 
@@ -122,8 +122,8 @@ def remove(instance: str, home: Path | None) -> None:
 def shred(instance: str, yes: bool, home: Path | None) -> None:
     """Remove INSTANCE, removed before or not, and destroy every key it was kept under.
 
-    Backups open until the root key is rewrapped: `stip-keyservice root-key rewrap`. The instance's secrets.sealed opens
-    as long as it exists: delete it where it lies.
+    Says what the database keeps of it all the same. Backups open until the root key is rewrapped. The instance's
+    secrets.sealed opens as long as it exists: delete it where it lies.
     """
     if not yes:
         click.confirm(f"Shred {instance}? Nothing brings back what is destroyed", abort=True, err=True)
@@ -132,7 +132,7 @@ def shred(instance: str, yes: bool, home: Path | None) -> None:
             shredded = shred_instance(db, room.vault, instance, now=trail.now)
             trail.subject["instance"] = shredded.id
             room.audit.append(db, trail)
-        click.echo(f"Destroyed: {room.store.forget()}.", err=True)
+        room.forget()
     _show_one(shredded)
 
 

@@ -63,6 +63,11 @@ class Room:
         with self.audit.refusals(trail):
             yield trail
 
+    def forget(self) -> None:
+        """Clear what was destroyed from the database's own files, and say on stderr what that leaves. Raises
+        `Unavailable`: what was decided stands."""
+        click.echo(f"Destroyed: {self.store.forget()}.", err=True)
+
 
 @contextmanager
 def open_room(home: Path | None, *, create: bool = False) -> Iterator[Room]:

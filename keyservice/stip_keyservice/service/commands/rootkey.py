@@ -12,6 +12,7 @@ from stip_keyservice.home import locked
 from stip_keyservice.rootkey import providers, settings
 from stip_keyservice.service.commands.keeping import chosen, keeping_options, made_shares
 from stip_keyservice.service.commands.room import home_option, json_option, open_room, show, table
+from stip_keyservice.service.state import recovery
 from stip_keyservice.service.state.rewrap import rewrap
 from stip_protocol.errors import ConfigurationError
 
@@ -64,17 +65,17 @@ def create(threshold: int, count: int, out: Path, home: Path | None) -> None:
     `stip-keyservice recover --dry-run`.
     """
     with open_room(home) as room, room.decision("recovery_shares_made") as trail, locked(room.home.path):
-        configured = settings.load(room.home.path)
+        configured = recovery.present(room.home.path, room.home.root)
         if configured.rewrap is not None:
             raise ConfigurationError("root key: an interrupted rewrap comes first; run `root-key rewrap`")
         if configured.root_key.kind == "shares":
             raise ConfigurationError("shares: they keep this home's root key; rewrap it to something else first")
-        recovery, paths = made_shares(out, threshold, count)
-        kept = providers.keep(recovery, room.home.path, room.home.root.material())
-        settings.store(room.home.path, configured.model_copy(update={"recovery": kept}))
+        made, paths = made_shares(out, threshold, count)
+        kept = providers.keep(made, room.home.path, room.home.root.material())
         with room.store.write() as db:
             trail.subject["detail"] = f"{threshold} of {count}"
             room.audit.append(db, trail)
+            settings.store(room.home.path, configured.model_copy(update={"recovery": kept}))
     document = {"threshold": threshold, "shares": [str(path) for path in paths]}
     said = f"Hand these out and delete {out}; any {threshold} open the root key. Rehearse: recover --dry-run"
     show(document, lambda: table((said,), [(path,) for path in paths], empty=""))

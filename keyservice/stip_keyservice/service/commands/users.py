@@ -175,6 +175,7 @@ def shred(name: str, yes: bool, home: Path | None) -> None:
 
     Destroys the data key of a trust domain of their own, and with it every grant of the instances dedicated to them;
     names of the user and their devices are replaced by random ids. The audit log has random ids only, and stays whole.
+    Says what the database keeps of it all the same. Backups open until the root key is rewrapped.
     """
     if not yes:
         click.confirm(f"Shred {name}? Nothing brings back what is destroyed", abort=True, err=True)
@@ -184,7 +185,7 @@ def shred(name: str, yes: bool, home: Path | None) -> None:
             trail.subject["user"] = user.id
             user = shred_user(db, room.vault, user, now=trail.now)
             room.audit.append(db, trail)
-        room.store.forget()
+        room.forget()
     _show_one(user)
 
 

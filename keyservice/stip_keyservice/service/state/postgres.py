@@ -11,6 +11,7 @@ refused. A commit whose answer was lost counts as unavailable: it may have happe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,16 @@ DECISIONS = 0x5354_4950_5354_4154
 """Key of the advisory lock: "STIPSTAT"."""
 DURABLE = {"synchronous_commit": ("on", "remote_apply"), "fsync": ("on",), "full_page_writes": ("on",)}
 """What a server must say of itself (PostgreSQL, "Write Ahead Log")."""
+FORGETFUL = ("data_keys", "grants", "canaries", "leakage_summaries", "users", "devices", "members")
+"""Tables whose rows are destroyed, or lose the names in them."""
+QUERY = {
+    *("host", "port", "sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslcrldir", "ssl_min_protocol_version"),
+    *("channel_binding", "require_auth", "target_session_attrs", "load_balance_hosts", "tcp_user_timeout"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+}
+"""Parameters of a URL that neither hold a secret nor lead elsewhere than its host (libpq, "Parameter Key Words")."""
+ENVIRONMENT = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGPASSWORD", "PGSSLMODE")
+"""What libpq would take where the URL is silent, past these checks (libpq, "Environment Variables")."""
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _RETRIED = ("25006", "25P03", "40001", "40P01", "57P01", "57P02", "57P03")
 """SQLSTATEs that psycopg does not class as operational, or not always: read-only after a failover, ended as idle,
@@ -98,7 +109,7 @@ class Postgres:
         what they sealed opens under no root key that was rewrapped since.
         """
         with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-            for table in ("data_keys", "grants", "canaries"):
+            for table in FORGETFUL:
                 db.execute(text(f"VACUUM {table}"))
         return (
             "dead rows are vacuumed; the write-ahead log, archives, replicas and base backups keep them: "
@@ -116,6 +127,12 @@ def require_sound(url: URL) -> None:
         raise ConfigurationError.because("database url", url.drivername, f"{DRIVER}://…")
     if url.password is not None:
         raise ConfigurationError.because("database url", "one with a password", "none in it; name a password_file")
+    others = sorted(url.query.keys() - QUERY)
+    if others:
+        raise ConfigurationError.because("database url parameters", ", ".join(others)[:80], ", ".join(sorted(QUERY)))
+    set_outside = [name for name in ENVIRONMENT if name in os.environ]
+    if set_outside:
+        raise ConfigurationError.because("environment", ", ".join(set_outside), "none of them; home.toml says it all")
     host = url.host or str(url.query.get("host", ""))
     over_network = host and not host.startswith("/") and host not in _LOCAL
     if over_network and url.query.get("sslmode") != "verify-full":

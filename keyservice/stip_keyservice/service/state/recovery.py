@@ -22,7 +22,7 @@ from stip_keyservice.service import auditlog, instances
 from stip_keyservice.service.state.schema import canaries, grants
 from stip_keyservice.service.state.store import Store
 from stip_keyservice.service.vault import Vault
-from stip_protocol.errors import ConfigurationError, IntegrityError, StipError
+from stip_protocol.errors import ConfigurationError, IntegrityError, StipError, Unavailable
 from stip_protocol.runtime.files import read_ed25519
 
 
@@ -50,6 +50,15 @@ def unlock(home: Path, shares: Sequence[str]) -> SoftwareRoot:
     return SoftwareRoot(key, providers.through(configured.rewrap, key))
 
 
+def present(home: Path, root: SoftwareRoot) -> HomeSettings:
+    """The settings of a home whose root key that is. To be asked under the home's lock by whoever hands it on: after a
+    rewrap by another process a former root key would look kept, and open nothing. Raises `Unavailable`."""
+    configured = settings.load(home)
+    if configured.root_key.id not in (None, root.id.hex()):
+        raise Unavailable("root key: another process rewrapped this home meanwhile; run the command again")
+    return configured
+
+
 def rehearse(home: Path, root: SoftwareRoot, store: Store) -> list[Checked]:
     """Open everything; what does not open is in the report. Raises `Unavailable`."""
     vault = Vault(root)
@@ -69,7 +78,7 @@ def recover(home: Path, root: SoftwareRoot, to: RootKeySettings) -> HomeSettings
     """Hand the root key to another provider, where the one that kept it is gone. The root key stays as it is: nothing
     but `home.toml` changes. Raises what the provider raises."""
     with locked(home):
-        configured = settings.load(home)
+        configured = present(home, root)
         kept = providers.keep(to, home, root.material())
         changed = configured.model_copy(update={"root_key": kept})
         settings.store(home, changed)

@@ -23,9 +23,10 @@ from stip_keyservice.rootkey import files, providers, settings
 from stip_keyservice.rootkey.ring import SoftwareRoot
 from stip_keyservice.rootkey.settings import HomeSettings, RootKeySettings, write_private
 from stip_keyservice.service.auditlog import AuditLog, Trail
+from stip_keyservice.service.state import recovery
 from stip_keyservice.service.state.store import Store
 from stip_keyservice.service.vault import Vault
-from stip_protocol.errors import ConfigurationError, IntegrityError, Unavailable
+from stip_protocol.errors import ConfigurationError, IntegrityError
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def rewrap(home: Home, store: Store, audit: AuditLog, to: RootKeySettings | None
 
 def _both(home: Home, found: HomeSettings, to: RootKeySettings | None) -> SoftwareRoot:
     """Both root keys; the new one wraps. Steps 1 and 2, where they were not done before."""
-    if found.root_key.id not in (None, home.root.id.hex()):
-        raise Unavailable("root key: another process rewrapped this home meanwhile; run the command again")
+    recovery.present(home.path, home.root)
     present = home.root.material()
     if found.rewrap is None:
         assert to is not None
