@@ -105,7 +105,7 @@ class Keeper:
         """Fetch, and replace the file where this is newer. Raises `CollateralUnavailable`, `ConfigurationError`."""
         new = Kept.parse(self._client.fetch(self._kind, seconds=FETCH_SECONDS))
         kept = _kept(self._path, self._anchor)
-        if kept is not None and kept.kind == new.kind and kept.rank >= new.rank:
+        if kept is not None and kept.kind == new.kind and not kept.yields_to(new, now=int(time.time())):
             return kept
         replace_public(self._path, new.data)
         return new

@@ -134,6 +134,7 @@ def test_what_is_due_is_renewed_and_older_collateral_displaces_nothing(
     assert one.renew_due() == {SGX: None}
     assert one.get(SGX).issued == now  # the source gave the same again
     pccs.collateral = {SGX: platform.collateral(now + 24 * DAY)}
+    clock.now += 600
     assert one.renew_due() == {SGX: None}
     assert one.get(SGX).issued == now + 24 * DAY
     assert one.renew_due() == {}
@@ -237,10 +238,10 @@ import sys
 from pathlib import Path
 from stip_protocol.attestation.collateral_cache import CollateralCache
 cache = CollateralCache(Path(sys.argv[1]), bytes.fromhex(sys.argv[2]))
-files = [Path(name).read_bytes() for name in sys.argv[3:]]
+files = [Path(name).read_bytes() for name in sys.argv[4:]]
 for _ in range(20):
     for data in files:
-        cache.store(data)
+        cache.store(data, now=int(sys.argv[3]))
 """
 
 
@@ -252,10 +253,18 @@ def test_processes_that_share_a_folder_never_see_half_a_file_and_end_with_the_ne
         files.append(tmp_path / f"{day}.json")
         files[-1].write_bytes(platform.collateral(now + day * DAY))
     cache = CollateralCache(tmp_path / "cache", platform.root_der)
-    cache.store(files[0].read_bytes())
+    cache.store(files[0].read_bytes(), now=now + 3 * DAY)
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path / "cache"), platform.root_der.hex(), *map(str, order)]
+            [
+                sys.executable,
+                "-c",
+                WRITER,
+                str(tmp_path / "cache"),
+                platform.root_der.hex(),
+                str(now + 3 * DAY),
+                *map(str, order),
+            ]
         )
         for order in (files, files[::-1])
     ]

@@ -192,7 +192,7 @@ TEMPORARY: dict[str, tuple[Fault, str]] = {
         "RemoteProtocolError",
     ),
     "slow": (only("tcb", lambda answer: dataclasses.replace(answer, delay=0.02)), "takes too long"),
-    "silent": (only("tcb", lambda answer: dataclasses.replace(answer, delay=5.0)), "ReadTimeout"),
+    "silent": (only("tcb", lambda answer: dataclasses.replace(answer, delay=5.0)), "takes too long"),
 }
 
 

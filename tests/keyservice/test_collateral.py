@@ -160,6 +160,21 @@ def test_a_bundle_that_is_not_in_order_is_refused_whole(configured: Place) -> No
     assert "No collateral is kept" in told_here("collateral", "show", *config).stdout
 
 
+def test_serve_starts_with_no_bundle_of_another_root_and_no_more_waiters_than_threads(
+    configured: Place, tmp_path: Path
+) -> None:
+    place, text = configured, configured.config.read_text()
+    foreign = SimulatedPlatform.create(tmp_path / "other").collateral(int(time.time()))
+    (place.folder / "foreign.json").write_bytes(foreign)
+    for changed, told in (
+        (text.replace("[collateral]", '[collateral]\nbundle = "foreign.json"'), "collateral.bundle"),
+        (text.replace("[collateral]", "[collateral]\nwaiters = 4"), "collateral.waiters"),
+    ):
+        place.config.write_text(changed)
+        done = run("serve", "--config", str(place.config))
+        assert (done.returncode, done.stdout, told in done.stderr) == (2, "", True), done.stderr
+
+
 def test_commands_without_the_table_say_what_to_write(place: Place) -> None:
     told = told_here("collateral", "show", "--config", str(place.config))
     assert (told.exit_code, "[collateral]" in told.stderr) == (2, True)
@@ -192,9 +207,15 @@ def quotes(place: Place) -> dict[str, Path]:
 @pytest.mark.parametrize(("tee", "policy"), [("sgx", "policy"), ("tdx", "host.toml")])
 def test_evidence_is_examined_step_by_step(quotes: dict[str, Path], tee: str, policy: str) -> None:
     given = (str(quotes[tee]), "--policy", str(quotes[policy]), "--collateral", str(quotes[f"{tee}.json"]))
-    verified = told_here("evidence", "examine", *given)
+    unsaid = told_here("evidence", "examine", *given)
+    assert (unsaid.exit_code, "what the quote must vouch for" in unsaid.stderr) == (2, True)
+    verified = told_here("evidence", "examine", *given, "--report-data", "any")
     assert verified.exit_code == 0, verified.output
     assert "compared with nothing" in verified.stderr
+    unbound = json.loads(told_here("evidence", "examine", *given, "--report-data", "any", "--json").stdout)
+    steps = {step["name"]: step["status"] for step in unbound["steps"]}
+    assert (steps.pop("report data"), set(steps.values())) == ("skipped", {"passed"})
+    assert unbound["report_data_compared"] is False
     assert all(word in verified.stdout for word in ("condition", "expected", "got", "TCB status", "passed"))
     bound = told_here("evidence", "examine", *given, "--report-data", "00" * 64, "--json")
     document = json.loads(bound.stdout)
@@ -206,6 +227,7 @@ def test_evidence_is_examined_step_by_step(quotes: dict[str, Path], tee: str, po
     assert (refused.exit_code, document["verified"]) == (1, False)
     assert [(step["name"], step["code"]) for step in failed] == [("report data", "report_data_mismatch")]
     assert all(step["remedy"] for step in failed)
+    given = (*given, "--report-data", "any")
     later = told_here("evidence", "examine", *given, "--at", str(int(time.time()) + 40 * DAY), "--json")
     steps = {step["name"]: step["status"] for step in json.loads(later.stdout)["steps"]}
     assert (later.exit_code, steps["dates"], steps["signatures"]) == (1, "failed", "skipped")
@@ -213,20 +235,24 @@ def test_evidence_is_examined_step_by_step(quotes: dict[str, Path], tee: str, po
 
 def test_evidence_is_examined_with_the_services_own_collateral(configured: Place, quotes: dict[str, Path]) -> None:
     given = (str(quotes["sgx"]), "--policy", str(quotes["policy"]), "--config", str(configured.config))
+    given = (*given, "--report-data", "00" * 64)
     assert told_here("evidence", "examine", *given).exit_code == 0
 
 
 def test_evidence_that_cannot_be_examined_is_no_success(quotes: dict[str, Path], place: Place) -> None:
     sgx, policy, collateral = str(quotes["sgx"]), str(quotes["policy"]), str(quotes["sgx.json"])
     (place.folder / "bad").write_bytes(b"\x03\x00" + bytes(100))
+    unbound = ("--report-data", "any")
     for arguments, code in (
         ((sgx, "--policy", policy), 2),  # no collateral
         ((sgx, "--policy", policy, "--collateral", collateral, "--config", str(place.config)), 2),
         ((sgx, "--policy", policy, "--collateral", collateral, "--report-data", "00"), 2),
-        ((sgx, "--policy", str(quotes["host.toml"]), "--collateral", collateral), 2),  # the policy of a host
-        ((str(quotes["tdx"]), "--policy", policy, "--collateral", collateral), 2),
-        ((str(place.folder / "bad"), "--policy", policy, "--collateral", collateral), 1),
-        ((sgx, "--policy", policy, "--collateral", str(quotes["tdx.json"])), 1),
+        ((sgx, "--policy", policy, "--collateral", collateral), 2),  # compared with nothing, and nobody said so
+        ((sgx, "--policy", policy, "--collateral", collateral, *unbound, "--claims", policy), 2),
+        ((sgx, "--policy", str(quotes["host.toml"]), "--collateral", collateral, *unbound), 2),  # the policy of a host
+        ((str(quotes["tdx"]), "--policy", policy, "--collateral", collateral, *unbound), 2),
+        ((str(place.folder / "bad"), "--policy", policy, "--collateral", collateral, *unbound), 1),
+        ((sgx, "--policy", policy, "--collateral", str(quotes["tdx.json"]), *unbound), 1),
     ):
         assert told_here("evidence", "examine", *arguments).exit_code == code, arguments
 
@@ -245,6 +271,6 @@ def test_real_evidence_is_examined_by_the_command(tmp_path: Path) -> None:
     )
     for tee in ("sgx", "tdx"):
         given = (f"{named}/{tee}_quote", "--collateral", f"{named}/{tee}_quote_collateral.json",
-                 "--policy", str(tmp_path / f"{tee}.toml"))  # fmt: skip
+                 "--policy", str(tmp_path / f"{tee}.toml"), "--report-data", "any")  # fmt: skip
         assert told_here("evidence", "examine", *given, "--at", "1750400000").exit_code == 0
         assert told_here("evidence", "examine", *given).exit_code == 1

@@ -12,7 +12,7 @@ import structlog
 from stip_keyservice.service.config import ROOT_LIMIT, KeyServiceSettings
 from stip_protocol.attestation.collateral_source import CollateralSettings, CollateralSource
 from stip_protocol.attestation.roots import intel_sgx_root
-from stip_protocol.errors import ConfigurationError, StipError
+from stip_protocol.errors import AttestationError, ConfigurationError, StipError
 from stip_protocol.runtime.files import read_file
 
 LOOK_SECONDS = 60.0
@@ -34,9 +34,14 @@ def anchor(settings: KeyServiceSettings) -> bytes:
 def open_source(settings: KeyServiceSettings) -> CollateralSource | None:
     """The source that `[collateral]` configures; None where it is not there.
 
-    Raises `ConfigurationError`, `EvidenceMalformed` and `EvidenceRefused` (the bundle).
+    Raises `ConfigurationError`, also where the bundle is malformed or not signed under the anchor.
     """
-    return None if settings.collateral is None else CollateralSource(settings.collateral, anchor(settings))
+    if settings.collateral is None:
+        return None
+    try:
+        return CollateralSource(settings.collateral, anchor(settings))
+    except AttestationError as error:
+        raise ConfigurationError(f"collateral.bundle: {error.message}", field="collateral.bundle") from None
 
 
 def require_source(settings: KeyServiceSettings) -> CollateralSource:

@@ -25,7 +25,7 @@ IDENTITIES = {"sgx": "QE", "tdx": "TD_QE"}
 def require_authentic(collateral: Collateral, kind: PlatformKind, anchor: bytes) -> None:
     """Hold collateral to its root (DER) and to the platform it was asked for.
 
-    Raises `EvidenceRefused`: another root, signer or platform, a signature that does not hold.
+    Raises `EvidenceRefused`: another root, signer or platform, a signature that does not hold, a revoked key.
     """
     chains = (
         ("TCB info", collateral.tcb_chain),
@@ -52,6 +52,10 @@ def require_authentic(collateral: Collateral, kind: PlatformKind, anchor: bytes)
     for what, crl, issuer in (("root CRL", collateral.root_crl, root), ("PCK CRL", collateral.pck_crl, authority)):
         if crl.issuer != issuer.parsed.subject or not crl.is_signature_valid(_key(issuer, what)):
             raise EvidenceRefused.because(what, "not issued by its CA", f"issued by {issuer.name!a}")
+    # What a revoked key signed could be numbered and dated so that nothing genuine ever took its place.
+    for one in (collateral.tcb_chain[0], collateral.qe_chain[0], authority):
+        if collateral.root_crl.get_revoked_certificate_by_serial_number(one.parsed.serial_number) is not None:
+            raise EvidenceRefused.because(f"certificate {one.name!a}", "a revoked one", "one that is not revoked")
 
 
 def require_current(collateral: Collateral, now: int) -> None:

@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -52,10 +53,26 @@ class Kept:
     def issued(self) -> int:
         return int(self.collateral.issued.timestamp())
 
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """Newer collateral of the same platform has a higher one: a source that lags behind displaces nothing."""
-        return self.collateral.evaluation_number, self.issued, self.expires
+    def yields_to(self, new: Kept, *, now: int) -> bool:
+        """Whether `new`, of the same platform, takes its place at `now` (Unix seconds).
+
+        The pieces are signed apart, and a source may combine them as it likes: none may be older than the one that is
+        kept, or a fresh TCB info would bring back a revocation list from before a revocation. What ran out yields to
+        all that holds.
+        """
+        ages = list(zip(_ages(self.collateral), _ages(new.collateral), strict=True))
+        return now > self.expires or (all(old <= new for old, new in ages) and any(old < new for old, new in ages))
+
+
+def _ages(collateral: Collateral) -> tuple[tuple[int, datetime], ...]:
+    """How new each piece is."""
+    info, identity = collateral.tcb_info, collateral.qe_identity
+    return (
+        (info.evaluation_number, info.issued),
+        (identity.evaluation_number, identity.issued),
+        (0, collateral.pck_crl.last_update_utc),
+        (0, collateral.root_crl.last_update_utc),
+    )
 
 
 class CollateralCache:
@@ -96,8 +113,9 @@ class CollateralCache:
             return None
         return found.st_ino, found.st_mtime_ns, found.st_size
 
-    def store(self, data: bytes) -> Kept:
-        """Keep collateral, unless newer is kept already; gives what is kept then.
+    def store(self, data: bytes, *, now: int) -> Kept:
+        """Keep collateral, unless what is kept holds at `now` (Unix seconds) and is newer in any piece; gives what is
+        kept then.
 
         Raises `EvidenceMalformed`, `EvidenceRefused`, `ConfigurationError` (it cannot be written, or there is no room).
         """
@@ -106,7 +124,7 @@ class CollateralCache:
         try:
             with self._locked():
                 old = self.read(new.kind)
-                if old is not None and old.rank >= new.rank:
+                if old is not None and not old.yields_to(new, now=now):
                     return old
                 if old is None and len(self.kinds()) >= PLATFORMS:
                     raise ConfigurationError.because("platforms in the collateral cache", PLATFORMS, "fewer")
@@ -133,7 +151,7 @@ class CollateralCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Between reading what is kept and writing something newer."""
-        handle = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        handle = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class CollateralSettings(Settings):
     """The least time between two tries to renew the collateral of a platform."""
     wait_seconds: float = Field(default=4.0, gt=0, le=60)
     """How long a release waits for collateral of a platform that none is kept of."""
-    waiters: int = Field(default=2, ge=1, le=1024)
+    waiters: int = Field(default=2, ge=0, le=1024)
     """Releases that may wait for collateral at once; others are told to come back. Fewer than the service's threads."""
     fetch_seconds: float = Field(default=20.0, gt=0, le=300)
     """How long one fetch may try, all endpoints and pauses together."""
@@ -85,10 +85,14 @@ class CollateralSource:
         self._seen: dict[PlatformKind, _Seen] = {}
         self._fetching: dict[PlatformKind, Future[Kept]] = {}
         self._tried: dict[PlatformKind, float] = {}
-        """When a platform was last fetched in vain."""
+        """When a platform was last fetched, also where that brought nothing newer."""
+        self._failed: dict[PlatformKind, float] = {}
+        """When it was last fetched in vain."""
         if settings.bundle is not None:
             for carried in collateral_bundle.load(settings.bundle):
-                self._cache.store(carried.data)  # also what ran out: it is shown, and never served
+                self._cache.store(
+                    carried.data, now=int(self._clock())
+                )  # also what ran out: it is shown, and never served
 
     def for_quote(self, quote: bytes) -> bytes:
         """Valid collateral for the platform that made a quote.
@@ -105,15 +109,15 @@ class CollateralSource:
         kept = self._valid(kind)
         if kept is not None:
             return kept
-        future = self._fetch(kind)
+        future = self._fetch(kind, self._failed)
         if future is None:
-            raise self._unavailable(kind)
+            return self._require_valid(kind)  # which a fetch that ended just now has brought
         if not self._waiters.acquire(blocking=False):
             raise CollateralUnavailable(
                 f"collateral of {kind}: is being fetched", field="collateral", retry_after=self._settings.wait_seconds
             )
         try:
-            return future.result(self._settings.wait_seconds)
+            future.result(self._settings.wait_seconds)
         except FutureTimeout:
             raise CollateralUnavailable(
                 f"collateral of {kind}: not fetched within {self._settings.wait_seconds} s",
@@ -125,12 +129,14 @@ class CollateralSource:
             raise CollateralUnavailable(f"collateral of {kind}: cannot be kept", field="collateral") from error
         finally:
             self._waiters.release()
+        return self._require_valid(kind)
 
     def renew(self, kind: PlatformKind) -> Kept:
         """Fetch now, whatever is kept. Raises `CollateralUnavailable`, `ConfigurationError` (it cannot be kept)."""
         if self._client is None:
             raise CollateralUnavailable(f"collateral of {kind}: offline, no endpoint is configured", field="collateral")
-        return self._cache.store(self._client.fetch(kind, seconds=self._settings.fetch_seconds))
+        data = self._client.fetch(kind, seconds=self._settings.fetch_seconds)
+        return self._cache.store(data, now=int(self._clock()))
 
     def due(self) -> list[PlatformKind]:
         """Platforms whose collateral should be renewed now."""
@@ -139,7 +145,7 @@ class CollateralSource:
 
     def renew_due(self) -> dict[PlatformKind, StipError | None]:
         """Renew what is due, and wait for it; gives how it went. Offline nothing is tried."""
-        under_way = {kind: self._fetch(kind) for kind in self.due()}
+        under_way = {kind: self._fetch(kind, self._tried) for kind in self.due()}
         return {kind: _failure(future) for kind, future in under_way.items() if future is not None}
 
     def take(self, found: list[Kept]) -> list[Kept]:
@@ -150,7 +156,7 @@ class CollateralSource:
         for kept in found:
             require_authentic(kept.collateral, kept.kind, self._anchor)
             require_current(kept.collateral, int(self._clock()))
-        return [self._cache.store(kept.data) for kept in found]
+        return [self._cache.store(kept.data, now=int(self._clock())) for kept in found]
 
     def shelves(self) -> list[Shelf]:
         """Everything that is kept, expired or not."""
@@ -167,6 +173,12 @@ class CollateralSource:
         """What is kept, where it holds now."""
         seen = self._look(kind)
         return None if seen is None or not seen.opens <= self._clock() <= seen.kept.expires else seen.kept
+
+    def _require_valid(self, kind: PlatformKind) -> Kept:
+        kept = self._valid(kind)
+        if kept is None:
+            raise self._unavailable(kind)
+        return kept
 
     def _look(self, kind: PlatformKind) -> _Seen | None:
         """What is kept. Each file is parsed, and its signatures checked, once."""
@@ -185,13 +197,14 @@ class CollateralSource:
     def _refresh_due(self, kept: Kept) -> int:
         return int(kept.expires - (kept.expires - kept.issued) * self._settings.refresh_share)
 
-    def _fetch(self, kind: PlatformKind) -> Future[Kept] | None:
-        """The fetch of a platform that is under way, or a new one; None: offline, or tried in vain just now."""
+    def _fetch(self, kind: PlatformKind, before: Mapping[PlatformKind, float]) -> Future[Kept] | None:
+        """The fetch of a platform that is under way, or a new one; None: offline, or `before` says that it was tried
+        just now."""
         with self._lock:
             under_way = self._fetching.get(kind)
             if under_way is not None:
                 return under_way
-            tried = self._tried.get(kind)
+            tried = before.get(kind)
             if self._client is None or (
                 tried is not None and 0 <= self._clock() - tried < self._settings.retry_minutes * 60
             ):
@@ -204,9 +217,10 @@ class CollateralSource:
     def _ended(self, kind: PlatformKind, done: Future[Kept]) -> None:
         with self._lock:
             self._fetching.pop(kind, None)
-            self._tried.pop(kind, None)
+            self._failed.pop(kind, None)
+            self._tried[kind] = self._clock()
             if done.cancelled() or done.exception() is not None:
-                self._tried[kind] = self._clock()
+                self._failed[kind] = self._tried[kind]
 
     def _unavailable(self, kind: PlatformKind) -> CollateralUnavailable:
         if self._client is None:

@@ -10,14 +10,16 @@ a source that misbehaves costs the next one's turn, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import httpx2
@@ -156,7 +158,8 @@ class PccsClient:
         """`QuoteCollateralV3` JSON for a platform, authentic and in its dates, within `seconds` and one request more.
 
         Every endpoint is asked in turn; those that failed temporarily are asked again, after a pause, until the time
-        is over. Raises `CollateralUnavailable` naming every endpoint's last failure.
+        is over. One that asks for a longer pause than that is left alone. Raises `CollateralUnavailable` naming every
+        endpoint's last failure.
         """
         end = time.monotonic() + seconds
         waiting, failures, ceiling = list(self._endpoints), dict[str, str](), FIRST_PAUSE
@@ -168,7 +171,10 @@ class PccsClient:
                     return self._from(endpoint, tls, kind, end)
                 except Temporary as failure:
                     failures[endpoint.url] = str(failure)
-                    asked = max(asked, failure.pause)
+                    if time.monotonic() + failure.pause >= end:
+                        waiting.remove(one)
+                    else:
+                        asked = max(asked, failure.pause)
                 except Permanent as failure:
                     failures[endpoint.url] = str(failure)
                     waiting.remove(one)
@@ -187,16 +193,19 @@ class PccsClient:
 
     def _from(self, endpoint: Endpoint, tls: ssl.SSLContext, kind: PlatformKind, end: float) -> bytes:
         base, fmspc = endpoint.url, kind.fmspc.hex().upper()
-        with httpx2.Client(
-            verify=tls,
-            trust_env=False,
-            proxy=endpoint.proxy,
-            follow_redirects=False,
-            headers={"accept-encoding": "identity", "user-agent": "stip"},
-        ) as client:
+        with (
+            contextlib.closing(_Sockets()) as sockets,
+            httpx2.Client(
+                verify=tls,
+                trust_env=False,
+                proxy=endpoint.proxy,
+                follow_redirects=False,
+                headers={"accept-encoding": "identity", "user-agent": "stip"},
+            ) as client,
+        ):
 
             def get(url: str) -> Reply:
-                return _get(client, url, end, self._request_seconds)
+                return _get(client, sockets, url, end, self._request_seconds)
 
             tcb = get(f"{base}/{kind.tee}/certification/v4/tcb?fmspc={fmspc}")
             identity = get(f"{base}/{kind.tee}/certification/v4/qe/identity")
@@ -224,19 +233,69 @@ class PccsClient:
         return data
 
 
-def _get(client: httpx2.Client, url: str, end: float, request_seconds: float) -> Reply:
+class _Sockets:
+    """The connections of one client, which are shut where a request takes too long.
+
+    A timeout bounds one read alone: whoever sends a byte now and then, of the handshake, of a header, of a chunk's
+    size, or one interim answer after the other, never meets it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._handles: list[socket.socket] = []
+        self.over = False
+        """Whether the time was over. No connection is of use afterwards."""
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """To be told of what happens (httpcore's `trace` extension): keeps a handle of each new connection."""
+        if event.endswith("connect_tcp.complete"):
+            with self._lock:
+                self._handles.append(info["return_value"].get_extra_info("socket").dup())
+            if self.over:
+                self._shut()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._shut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._handles:
+                handle.close()
+            self._handles.clear()
+
+    def _shut(self) -> None:
+        self.over = True
+        with self._lock:
+            for handle in self._handles:
+                with contextlib.suppress(OSError):
+                    handle.shutdown(socket.SHUT_RDWR)
+
+
+def _get(client: httpx2.Client, sockets: _Sockets, url: str, end: float, request_seconds: float) -> Reply:
     for _ in range(REDIRECTS + 1):
         left = end - time.monotonic()
         if left <= 0:
             raise Temporary("the time is over")
         timeout = min(left, request_seconds)
         try:
-            with client.stream("GET", url, timeout=timeout) as response:
+            with (
+                sockets.within(timeout),
+                client.stream("GET", url, timeout=timeout, extensions={"trace": sockets.trace}) as response,
+            ):
                 if response.is_redirect:
                     url = _redirected(response)
                     continue
                 return Reply(_body(response, time.monotonic() + timeout), response.headers)
         except httpx2.TransportError as error:
+            if sockets.over or isinstance(error, httpx2.TimeoutException):
+                raise Temporary("the answer takes too long") from None
             if isinstance(error.__cause__, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise Permanent("TLS: the certificate is not trusted") from None
             raise Temporary(f"connection: {type(error).__name__}") from None

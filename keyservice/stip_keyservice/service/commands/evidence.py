@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from stip_protocol.errors import PolicyInvalid
 from stip_protocol.runtime.config import load
 from stip_protocol.runtime.files import read_file
 
+REPORT_DATA_STEP = "report data"
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -42,7 +44,8 @@ def group() -> None:
 @click.option("--collateral", "collateral_file", type=_FILE, help="QuoteCollateralV3 JSON.")
 @click.option("--config", type=_FILE, help="keyservice.toml whose [collateral] gives it, where no file does.")
 @click.option("--claims", type=_FILE, help="What the quote must vouch for: report data = SHA-256(claims), then zeros.")
-@click.option("--report-data", metavar="HEX", help="The 64 bytes the quote must carry, instead of --claims.")
+@click.option("--report-data", metavar="HEX",
+              help="The 64 bytes the quote must carry, instead of --claims; any: whatever it carries.")  # fmt: skip
 @click.option("--simulated-root", type=_FILE, help="DER of a simulated TEE's root, which the policy pins.")
 @click.option("--at", "now", type=int, help="Unix seconds to verify at.  [default: now]")
 @json_option
@@ -58,15 +61,15 @@ def examine(
 ) -> None:
     """Hold a QUOTE (SGX version 3 or TDX version 4) against a policy, and tell every condition.
 
-    Without --claims and --report-data, what the quote carries is shown and compared with nothing: that verifies the
-    platform and the measurement, and not who talks to you. Zeros after the quote, as devices write them, are cut.
+    With --report-data any, what the quote carries is shown and compared with nothing: that verifies the platform and
+    the measurement, and not who talks to you. Zeros after the quote, as devices write them, are cut.
 
-    Exits 0 only where every condition holds.
+    Exits 0 only where every condition holds that was asked for; 1 where one does not, or was skipped.
     """
     if (collateral_file is None) == (config is None):
         raise click.UsageError("Say where collateral comes from: either --collateral FILE or --config FILE.")
-    if claims is not None and report_data is not None:
-        raise click.UsageError("Give either --claims or --report-data.")
+    if (claims is None) == (report_data is None):
+        raise click.UsageError("Say what the quote must vouch for: either --claims FILE or --report-data HEX (or any).")
     quote = read_quote(quote_file)
     sgx = tee_type(quote) == TEE_SGX
     wanted = _wanted(claims, report_data)
@@ -79,20 +82,27 @@ def examine(
         steps = verifier.examine(evidence, enclaves, report_data=bound, now=moment, root_der=root)
     else:
         steps = hosts.examine(evidence, HostPolicy.load(policy_file), report_data=bound, now=moment, root_der=root)
+    if wanted is None:
+        steps = [_not_compared(step) if step.name == REPORT_DATA_STEP else step for step in steps]
     _tell(steps, tee="SGX" if sgx else "TDX", compared=wanted is not None)
+
+
+def _not_compared(step: Step) -> Step:
+    """The quote's report data held against itself is no condition."""
+    return replace(step, status=Status.SKIPPED, expected="any: not compared") if step.error is None else step
 
 
 def _wanted(claims: Path | None, report_data: str | None) -> bytes | None:
     if claims is not None:
         return bind(read_file(claims, field="claims"))
-    if report_data is None:
+    if report_data is None or report_data == "any":
         return None
     try:
         data = bytes.fromhex(report_data)
     except ValueError:
         data = b""
     if len(data) != REPORT_DATA:
-        raise click.BadParameter(f"{2 * REPORT_DATA} hexadecimal digits", param_hint="--report-data")
+        raise click.BadParameter(f"{2 * REPORT_DATA} hexadecimal digits, or any", param_hint="--report-data")
     return data
 
 
@@ -114,7 +124,8 @@ def _enclave_policy(path: Path) -> EvidencePolicy:
 
 
 def _tell(steps: list[Step], *, tee: str, compared: bool) -> None:
-    verified = all(step.status is Status.PASSED for step in steps)
+    asked = steps if compared else [step for step in steps if step.name != REPORT_DATA_STEP]
+    verified = all(step.status is Status.PASSED for step in asked)
     document: dict[str, Any] = {
         "verified": verified,
         "tee": tee,
