@@ -85,6 +85,21 @@ def test_a_check_that_hangs_is_given_up_and_holds_one_thread_however_often_it_is
     until(lambda: _fresh(runner).good)
 
 
+def test_what_a_check_said_too_late_is_not_told_as_if_it_were_so_now() -> None:
+    release, answers = threading.Event(), [None, "the database has gone"]
+
+    def slow() -> str | None:
+        found = answers.pop(0)
+        release.wait(30)
+        return found
+
+    runner = Runner([Check("store", slow)], seconds=0.05)
+    assert runner.answer().checks == {"store": "no answer within 0.05 s"}
+    release.set()
+    until(runner._running["store"].done.is_set)
+    assert _fresh(runner).checks == {"store": "the database has gone"}
+
+
 def _fresh(runner: Runner) -> Any:
     runner._kept = None
     return runner.answer()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +23,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from stip_protocol import telemetry
 from stip_protocol.errors import ConfigurationError, TensorInvalid
+from stip_protocol.runtime import metrics
 from stip_protocol.runtime.config import ConfigPath, Serving, Settings, load
 from stip_protocol.runtime.files import FILE_LIMIT, read_ed25519, read_file, read_x25519
 from stip_protocol.runtime.metrics import MetricsServer
@@ -150,6 +154,28 @@ def test_threads_finalizers_warnings_and_broken_records_say_nothing_of_values() 
         "py.warnings",
     ]
     assert [line["fault"].split(" at ")[0] for line in lines if "fault" in line] == ["ValueError", "ValueError"]
+
+
+def test_connections_that_say_nothing_are_bounded_and_keep_no_scraper_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "CONNECTIONS", 8)
+    before = threading.active_count()
+    served = MetricsServer("127.0.0.1", 0, CollectorRegistry(), lambda: True, snapshot_seconds=0)
+    host, port = served.address.rsplit(":", 1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            with contextlib.suppress(OSError):
+                idle.sendall(b"GET /me")
+        deadline, answered = time.monotonic() + 10, False
+        while not answered:
+            assert time.monotonic() < deadline
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://{served.address}/healthz", timeout=5) as answer,
+            ):
+                answered = answer.status == 200
+        assert threading.active_count() - before <= 8 + 1  # and the one that accepts
+    served.stop()
 
 
 def test_a_scraper_that_hangs_up_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:

@@ -88,8 +88,10 @@ class Runner:
             return self._kept[1]
 
     def _begin(self, check: Check) -> _Running:
-        """Start a check, or take the one that has not ended since: a check that hangs holds one thread."""
-        if check.name not in self._running:
+        """Start a check, or take the one that has not ended since: a check that hangs holds one thread. What one said
+        after it was given up is of then, and is asked again."""
+        late = self._running.get(check.name)
+        if late is None or late.done.is_set():
             run = self._running[check.name] = _Running()
 
             def work() -> None:
