@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Any
 
+from stip_keyservice.service.policy.loading import META_KEY
+from stip_keyservice.service.state.schema import meta
 from stip_protocol.lease import CLOCK_SKEW
 from stip_stack.tee import Faults
 from tests.refusals.forge import DAY
 from tests.refusals.scene import TOKENS, Scene, refused
 from tests.refusals.table import Act, Case, Section
 
-NONCE, CLOCK = "nonce_refused", "clock_refused"
+NONCE, CLOCK, OUTDATED = "nonce_refused", "clock_refused", "policy_outdated"
 
 
 async def granted(scene: Scene) -> Any:
@@ -121,6 +124,31 @@ async def watch_at_a_replica(scene: Scene) -> Act:
     return scene.watching(request, stub=(await scene.replica()).stub)
 
 
+def outdated(scene: Scene) -> None:
+    """Another replica, with a signed policy of its own, has loaded that."""
+    value = json.dumps({"serial": 2, "digest": bytes(32).hex(), "signed": True})
+    with scene.world.store.write() as db:
+        db.execute(meta.insert().values(key=META_KEY, value=value))
+
+    def forget() -> None:
+        with scene.world.store.write() as db:
+            db.execute(meta.delete().where(meta.c.key == META_KEY))
+
+    scene.finally_(forget)
+
+
+async def released_by_the_policy_of_before(scene: Scene) -> Act:
+    request = await scene.request()
+    outdated(scene)
+    return scene.asking(request)
+
+
+async def renewed_by_the_policy_of_before(scene: Scene) -> Act:
+    request = scene.heartbeat(await scene.lease())
+    outdated(scene)
+    return scene.renewing(request)
+
+
 FRESHNESS = Section(
     "Nonces and replays",
     "A challenge is good once, in its time, at the service that gave it, whichever connection or replica it comes "
@@ -132,6 +160,10 @@ FRESHNESS = Section(
              replayed_from_another_connection),
         Case("a captured release from another address", "source address", NONCE, replayed_from_another_address),
         Case("a captured release to another replica", "the process", NONCE, replayed_to_a_replica),
+        Case("a release by a replica that has not read the policy of today", "the policy that another has loaded",
+             OUTDATED, released_by_the_policy_of_before),
+        Case("a renewal by a replica that has not read the policy of today", "the policy that another has loaded",
+             OUTDATED, renewed_by_the_policy_of_before, event="renewal"),
         Case("other claims over a challenge that was used", "everything but the nonce", NONCE, nonce_used_twice),
         Case("good claims over a challenge that a refusal has used up", "everything but the nonce", NONCE,
              replayed_after_a_refusal),
