@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import URL, inspect, make_url, select, text
 from sqlalchemy.exc import IntegrityError
 
 from stip_keyservice.home import Home
+from stip_keyservice.rootkey import settings
+from stip_keyservice.rootkey.settings import DatabaseSettings, HomeSettings
 from stip_keyservice.service import budgets, instances, users
 from stip_keyservice.service.auditlog import AuditLog, Trail, verify
 from stip_keyservice.service.policy import Budgets
 from stip_keyservice.service.shredding import shred_user
 from stip_keyservice.service.state import postgres as backend_module
 from stip_keyservice.service.state import revisions
+from stip_keyservice.service.state.migrations import Secrets
+from stip_keyservice.service.state.migrations.versions.revision_0001 import metadata as version_1
 from stip_keyservice.service.state.schema import data_keys, metadata
 from stip_keyservice.service.state.store import Store, backend
 from stip_keyservice.service.vault import open_vault
 from stip_protocol.errors import ConfigurationError, NonceRefused, StipError, Unavailable, VersionUnsupported
+from stip_protocol.release import Heartbeat
+from stip_stack.tee import SimulatedPlatform
 
+from ..services.cutting import Cutting
 from ..services.postgres import PASSWORD, Server, postgres
-from .conftest import make_instance
+from .conftest import make_instance, refusal, served
+from .place import Place
 
 __all__ = ["postgres"]
+
+VERSION_1 = Path(__file__).with_name("version1")
 
 
 @pytest.fixture
@@ -50,11 +64,11 @@ def test_a_decision_waits_for_the_one_before_it_and_sees_what_that_wrote(store: 
     taken: list[int] = []
 
     def take() -> None:
-        for _ in range(20):
+        for _ in range(4):
             with store.write() as db:
                 taken.append(budgets.debit(db, alice.id, 30, Budgets(), now=1))
 
-    racers = [threading.Thread(target=take) for _ in range(4)]
+    racers = [threading.Thread(target=take) for _ in range(20)]  # more than there are connections
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -155,6 +169,67 @@ def test_a_decision_that_waits_too_long_is_refused_as_unavailable(url: URL, monk
         assert [user.name for user in users.everyone(db)] == ["alice"]
     one.close()
     two.close()
+
+
+def test_a_table_that_somebody_holds_makes_decisions_unavailable_and_not_endless(
+    postgres: Server, url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "LOCK_SECONDS", 1)
+    store = Store(url)
+    with psycopg.connect(host=str(postgres.folder), port=postgres.port, user="stip", dbname=url.database) as stuck:
+        stuck.execute("LOCK TABLE users")
+        with pytest.raises(Unavailable), store.write() as db:
+            users.add(db, "alice", bytes(32), budget=1, now=1)
+    with store.write() as db:
+        users.add(db, "alice", bytes(32), budget=1, now=1)
+    store.close()
+
+
+def test_more_readers_than_connections_are_refused_as_unavailable(url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(backend_module, "CONNECTIONS", 2)
+    store = Store(url)
+    with store.read(), store.read(), pytest.raises(Unavailable, match="every connection"), store.read():
+        pytest.fail("a third of two connections")
+    with store.read() as db:
+        assert users.everyone(db) == []
+    store.close()
+
+
+@pytest.fixture
+def cutting(postgres: Server) -> Iterator[Cutting]:
+    with tempfile.TemporaryDirectory(prefix="stip-cut-") as folder:  # short: a socket's path has 107 bytes at most
+        made = Cutting(postgres, Path(folder))
+        yield made
+        made.close()
+
+
+async def test_a_commit_whose_answer_is_lost_grants_nothing_twice_and_its_chunk_counts_as_spent(
+    cutting: Cutting, postgres: Server, tmp_path: Path, platform: SimulatedPlatform, policy_tables: dict[str, Any]
+) -> None:
+    (tmp_path / "home").mkdir(mode=0o700)
+    place = cutting.url(postgres.database())
+    configured = DatabaseSettings(url=place.render_as_string(hide_password=False))
+    settings.store(tmp_path / "home", HomeSettings(database=configured))
+    async with served(tmp_path, platform, policy_tables) as world:
+        alice = world.person("alice", budget=250)
+        instance, enclave = world.instance(owner=alice), world.enclave()
+        delegation = alice.delegate(enclave, instance.id)
+        request = enclave.request(enclave.claims(await world.challenge(), delegation, instance.id), delegation)
+        cutting.arm()
+        assert await refusal(world.stub.Release(request)) == "unavailable"
+        assert world.user(alice).spent == 100
+        granted = [(entry.code, entry.tokens) for entry in world.entries() if entry.event == "release"]
+        assert granted[0] == ("granted", 100)
+        assert await refusal(world.stub.Release(request)) == "nonce_refused"
+        _, lease = await world.bundle(enclave, alice, instance.id)
+        assert world.user(alice).spent == 200
+        beat = Heartbeat(handle=lease.handle, serial=lease.serial, nonce=bytes(32), fed=100, wanted=30)
+        cutting.arm()
+        assert await refusal(world.send(beat, enclave)) == "unavailable"
+        _, renewed = await world.send(beat, enclave)  # the same once more: the answer that was lost
+        assert (renewed.serial, renewed.tokens, world.user(alice).spent) == (lease.serial + 1, 130, 230)
+        assert verify(world.store, world.home.service.public_key()).sequence == len(world.entries())
 
 
 def test_a_connection_that_is_lost_amid_a_decision_leaves_nothing_of_it(
@@ -275,6 +350,55 @@ def _shape(postgres: Server, place: URL) -> list[Any]:
         sorted(postgres.run(f"{constraints} WHERE connamespace = 'public'::regnamespace", name)),
         sorted(postgres.run("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'", name)),
     ]
+
+
+def test_the_data_of_version_1_are_carried_over_on_postgresql_as_on_sqlite(
+    postgres: Server, url: URL, tmp_path: Path
+) -> None:
+    """Version 1 had SQLite alone: its rows, put into the same schema here."""
+    home = Home.open(tmp_path / "home")
+    with sqlite3.connect(tmp_path / "state.db") as lite:
+        lite.row_factory = sqlite3.Row
+        lite.executescript((VERSION_1 / "state.sql").read_text())
+        old = {name: [dict(row) for row in lite.execute(f'SELECT * FROM "{name}"')] for name in version_1.tables}
+    lite.close()
+    stepped = backend(url)
+    with stepped.write() as db:
+        revisions.upgrade(db, "0001")
+        db.execute(version_1.tables["meta"].delete())
+        for table in version_1.sorted_tables:
+            if old[table.name]:
+                db.execute(table.insert(), old[table.name])
+    secrets = Secrets(home.root, (VERSION_1 / "storage.key").read_bytes())
+    with stepped.write() as db:
+        assert revisions.upgrade(db, secrets=secrets).revision == "0001"
+    stepped.close()
+    facts = json.loads((VERSION_1 / "facts.json").read_text())
+    store = Store(url)
+    with store.read() as db:
+        for instance, grant in facts["grants"].items():
+            assert instances.grant(db, open_vault(home), instance, 0).to_bytes().hex() == grant
+        assert {user.name: user.spent for user in users.everyone(db)} == facts["spent"]
+    fresh = postgres.url(postgres.database())
+    Store(fresh).close()
+    assert _shape(postgres, url) == _shape(postgres, fresh)
+    store.close()
+
+
+@pytest.mark.parametrize("tables", [["notes (note TEXT)"], ["meta (key TEXT)"], ["meta (key TEXT, value TEXT)"]])
+def test_another_programs_tables_are_neither_used_nor_upgraded(
+    postgres: Server, url: URL, place: Place, tables: list[str]
+) -> None:
+    for table in tables:
+        postgres.run(f"CREATE TABLE {table}", str(url.database))
+    configured = DatabaseSettings(url=url.render_as_string(hide_password=False))
+    place.home.mkdir(mode=0o700)
+    settings.store(place.home, HomeSettings(database=configured))
+    for command in (("users", "list"), ("state", "upgrade")):
+        refused = place.call_here(*command, code=2)
+        assert refused["error"]["code"] in ("version_unsupported", "configuration_invalid")
+    found = postgres.run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", str(url.database))
+    assert found == [(table.partition(" ")[0],) for table in tables]
 
 
 def test_another_programs_database_and_another_revision_are_refused(postgres: Server, url: URL) -> None:

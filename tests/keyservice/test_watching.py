@@ -13,10 +13,12 @@ import grpc.aio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from stip_keyservice.service import instances, revocations, users
 from stip_keyservice.service.config import Limits
 from stip_keyservice.service.server import KeyServiceServicer
+from stip_keyservice.service.state.schema import audit, spent_nonces
 from stip_keyservice.service.streams import Streams
 from stip_keyservice.service.watching import Standing, changes
 from stip_protocol.documents import Signed
@@ -222,6 +224,34 @@ async def test_a_watch_is_refused_with(scene: Scene) -> None:
     assert await refused(stub.Watch(keyservice_pb2.WatchRequest(watch=bytes(2000)))) == "frame_invalid"
     garbled = keyservice_pb2.WatchRequest(watch=b"\xa0", signature=b"", link_key=scene.enclave.link_spki)
     assert await refused(stub.Watch(garbled)) == "signature_invalid"
+
+
+async def test_strangers_who_ask_to_watch_write_nothing(scene: Scene) -> None:
+    stranger = scene.world.enclave()
+
+    def written() -> tuple[int, int]:
+        with scene.world.store.read() as db:
+            return len(db.execute(select(spent_nonces)).all()), len(db.execute(select(audit)).all())
+
+    before = written()
+    watch = request(await asked(scene.world, stranger), stranger)
+    for _ in range(3):
+        assert await refused(scene.world.stub.Watch(watch)) == "lease_foreign"
+    assert written() == before
+
+
+async def test_what_was_lifted_and_is_revoked_again_is_told_again(scene: Scene) -> None:
+    first = await scene.lease(scene.enclave, scene.alice)
+    async with watching(scene.world, scene.enclave) as stream:
+        number = scene.revoke("instance", scene.instance.id)
+        heard = await stream.notice()
+        assert (heard.handles, heard.instance) == ((first.handle,), scene.instance.id)
+        with scene.world.store.write() as db:
+            revocations.lift(db, number, now=START)
+        second = await scene.lease(scene.enclave, scene.bob)
+        scene.revoke("instance", scene.instance.id)
+        heard = await stream.notice()
+        assert (heard.handles, heard.instance) == ((second.handle,), scene.instance.id)
 
 
 async def test_a_captured_watch_opens_no_second_stream(scene: Scene) -> None:

@@ -191,11 +191,12 @@ class Issuer:
         now = self.clock.require()
         seconds = self._in_force.policy.release.nonce_seconds
         expires = self._nonces.require(asked.nonce, now=now, seconds=seconds)
-        with self._store.write() as db:
-            nonces.spend(db, asked.nonce, expires=expires, now=now)
+        with self._store.read() as db:  # first: a stranger, whose key proves nothing, writes nothing either
             known = leases.known_link_key(db, asked.link_key)
         if not known:
             raise LeaseForeign.because("watch link_key", "a key that no lease names", "the link key of a lease")
+        with self._store.write() as db:
+            nonces.spend(db, asked.nonce, expires=expires, now=now)
         return asked
 
     def standings(self, link_keys: Collection[bytes]) -> Mapping[bytes, Standing]:

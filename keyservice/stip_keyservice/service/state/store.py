@@ -57,12 +57,8 @@ class Store:
         self._backend = backend(where, password_file)
         self.observe: Callable[[str, float], None] = lambda kind, seconds: None
         """Told of every transaction: its kind (read, write), and how long it took with what it waited for."""
-        try:
-            with self.write() as db:
-                revisions.prepare(db)
-        except DatabaseError as error:
-            kind = type(error.orig).__name__
-            raise ConfigurationError(f"{self._backend.place}: not a usable database ({kind})") from None
+        with usable(self._backend), self.write() as db:
+            revisions.prepare(db)
 
     @property
     def place(self) -> str:
@@ -119,6 +115,16 @@ def available(database: Backend) -> Iterator[None]:
         if database.unavailable(error):
             raise Unavailable("state: the database is busy, unreachable or cannot be written") from None
         raise
+
+
+@contextmanager
+def usable(database: Backend) -> Iterator[None]:
+    """Raises `ConfigurationError` for a file or tables that are not this program's, or a role that may not make any."""
+    try:
+        yield
+    except DatabaseError as error:
+        kind = type(error.orig).__name__
+        raise ConfigurationError(f"{database.place}: not a usable database ({kind})") from None
 
 
 def insert_into(db: Connection, table: Table) -> Any:

@@ -10,7 +10,7 @@ from stip_keyservice.rootkey import files
 from stip_keyservice.rootkey.settings import write_private
 from stip_keyservice.service.state import revisions
 from stip_keyservice.service.state.migrations import Secrets
-from stip_keyservice.service.state.store import available, backend
+from stip_keyservice.service.state.store import available, backend, usable
 from stip_keyservice.service.vault import Vault
 from stip_protocol.errors import ConfigurationError
 
@@ -39,7 +39,7 @@ def upgrade(home: Home) -> Upgraded:
     storage_key = _storage_key(home.path / STORAGE_KEY)
     database = backend(home.database, home.password_file)
     try:
-        with available(database), database.write() as db:
+        with usable(database), available(database), database.write() as db:
             found = revisions.upgrade(db, secrets=Secrets(home.root, storage_key))
             Vault(home.root).claim(db)
         cleared = database.forget()
