@@ -38,6 +38,10 @@ NONCE_BYTES = 32
 DELEGATION_LIFE_LIMIT = 24 * 3600
 """Seconds of the longest delegation a key service accepts."""
 DER_LIMIT = 4096
+HEARTBEAT_LIMIT = 1024
+"""Bytes of the largest heartbeat or watch: a few numbers and digests."""
+SIGNATURE_LIMIT = 128
+"""Bytes of a DER-encoded P-256 signature, with room."""
 EPOCHS_LIMIT = 16
 """Epochs of one instance that an enclave may hold."""
 CANARIES_LIMIT = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
 import threading
@@ -305,6 +306,49 @@ def test_a_check_that_raises_or_hangs_fails_alone_and_quotes_nothing() -> None:
     assert [each.verdict for each in found.values()] == [Verdict.FAIL, Verdict.FAIL, Verdict.PASS]
     assert found["raises"].found.startswith("ValueError at test_doctor.py")
     assert found["hangs"].found == "no answer within 0.1 s"
+
+
+def as_garbage(path: Path) -> None:
+    path.write_bytes(b"SENTINEL = [\x00\xff SENTINEL" * 40)
+
+
+def as_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def as_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def as_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("spoil", [as_garbage, as_nothing, as_a_folder, as_a_loop, as_a_pipe])
+def test_a_home_of_which_nothing_is_left_as_it_was_is_examined_to_the_end(
+    ward: Ward, spoil: Callable[[Path], None], tmp_path: Path
+) -> None:
+    for path in [*ward.place.home.iterdir(), ward.place.folder / "policy.toml"]:
+        if not path.is_dir():
+            spoil(path)
+    began = time.monotonic()
+    found = examine(replace(ward.patient, proc=tmp_path / "no-proc"), CHECKS, seconds=1.5)
+    assert time.monotonic() - began < 10
+    assert [name for name, _ in found] == NAMES
+    verdicts = {name: each.verdict for name, each in found}
+    for name in ("root key", "audit log", "TLS certificate", "link authority", "policy", "swap"):
+        assert verdicts[name] is not Verdict.PASS, name
+    told = repr(found)
+    assert "SENTINEL" not in told
+    assert "Traceback" not in told
+    assert all(each.remedy for _, each in found if each.verdict is not Verdict.PASS)
 
 
 def test_the_command_exits_1_where_something_fails_and_changes_nothing(ward: Ward) -> None:

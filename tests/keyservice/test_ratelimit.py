@@ -128,6 +128,18 @@ def test_a_flood_behind_the_same_address_does_not_starve_a_lease_and_forgers_do_
         limiter.admit_renewal("192.0.2.7", beat.to_bytes(), genuine)
 
 
+def test_what_is_no_heartbeat_by_its_size_is_not_even_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be read on the loop that serves everybody."""
+    read: list[int] = []
+    monkeypatch.setattr(Heartbeat, "from_bytes", lambda data: read.append(len(data)))
+    limiter = Limiter(Rates(renewal=Rate(per_second=1, burst=1)), LinkKeys(), clock=Clock())
+    limiter.admit_renewal("192.0.2.7", b"", b"")
+    for heartbeat, signature in ((bytes(1 << 20), b""), (b"", bytes(1 << 20))):
+        with pytest.raises(Overloaded):
+            limiter.admit_renewal("192.0.2.7", heartbeat, signature)
+    assert not read
+
+
 def test_refusals_beyond_the_first_few_of_a_minute_are_counted_by_peer() -> None:
     strangers = Strangers(in_full=2, peers=2)
     told = [strangers.recorded("a", "nonce_refused", now=60 + n) for n in range(5)]

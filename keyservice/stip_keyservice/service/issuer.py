@@ -47,6 +47,8 @@ from stip_protocol.errors import (
 )
 from stip_protocol.release import (
     DER_LIMIT,
+    HEARTBEAT_LIMIT,
+    SIGNATURE_LIMIT,
     AuditHead,
     Bundle,
     Claims,
@@ -62,10 +64,6 @@ from stip_protocol.release import (
 from stip_protocol.telemetry import AUDIT_SEQUENCE, DECISIONS, RELEASES, Telemetry
 
 T = TypeVar("T")
-HEARTBEAT_LIMIT = 1024
-"""Bytes of the largest heartbeat or watch: a few numbers and digests."""
-SIGNATURE_LIMIT = 128
-"""Bytes of a DER-encoded P-256 signature, with room."""
 
 
 @dataclass(frozen=True)

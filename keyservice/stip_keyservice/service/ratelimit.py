@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from stip_keyservice.service.config import Rate, Rates
 from stip_keyservice.service.linkca import read_link_key
 from stip_protocol.errors import Overloaded, StipError
-from stip_protocol.release import Heartbeat, open_heartbeat
+from stip_protocol.release import HEARTBEAT_LIMIT, SIGNATURE_LIMIT, Heartbeat, open_heartbeat
 
 Kind = Literal["challenge", "release", "renewal", "watch"]
 KINDS: tuple[Kind, ...] = ("challenge", "release", "renewal", "watch")
@@ -134,6 +134,8 @@ class Limiter:
                 raise self._overloaded("renewal", wait)
 
     def _proven(self, heartbeat: bytes, signature: bytes) -> bytes | None:
+        if len(heartbeat) > HEARTBEAT_LIMIT or len(signature) > SIGNATURE_LIMIT:
+            return None
         try:
             handle = Heartbeat.from_bytes(heartbeat).handle
             known = self._link_keys.get(handle)

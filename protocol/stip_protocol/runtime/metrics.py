@@ -34,7 +34,7 @@ class _Snapshots:
 
 
 CONNECTIONS = 32
-"""Open at once, with a thread each. One more is not answered, and the one that has been open longest is ended for it."""
+"""Open at once, with a thread each. One more is not answered, and for the next the one that is open longest is ended."""
 
 
 class _Server(ThreadingHTTPServer):
