@@ -34,7 +34,7 @@ class _Snapshots:
 
 
 CONNECTIONS = 32
-"""Open at once, with a thread each. One more is not answered, and for the next the one that is open longest is ended."""
+"""Open at once, with a thread each. One more is not answered, and the one that is open longest ends for the next."""
 
 
 class _Server(ThreadingHTTPServer):

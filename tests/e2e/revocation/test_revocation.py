@@ -178,9 +178,10 @@ async def ends_at_once(revoking: Revoking, case: Case) -> None:
         assert again.failure is None
 
 
-@pytest.mark.parametrize(
-    "case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.long), CASES[2]], ids=lambda case: case.kind
-)
+USER_AND_LONG = [CASES[0], *(pytest.param(case, marks=pytest.mark.long) for case in CASES[1:])]
+
+
+@pytest.mark.parametrize("case", USER_AND_LONG, ids=lambda case: case.kind)
 async def test_over_the_control_stream_a_revocation_ends_running_and_resting_sessions_at_once(
     revoking: Revoking, case: Case
 ) -> None:
@@ -188,9 +189,7 @@ async def test_over_the_control_stream_a_revocation_ends_running_and_resting_ses
         await ends_at_once(revoking, case)
 
 
-@pytest.mark.parametrize(
-    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.long) for case in CASES[1:])], ids=lambda case: case.kind
-)
+@pytest.mark.parametrize("case", USER_AND_LONG, ids=lambda case: case.kind)
 async def test_with_everything_cut_a_session_ends_within_the_heartbeat(revoking: Revoking, case: Case) -> None:
     """And the tokens until then are counted."""
     victim = revoking.system["victim"]
@@ -209,6 +208,7 @@ async def test_with_everything_cut_a_session_ends_within_the_heartbeat(revoking:
     victim.require_plain(listener.job, Answer(listener.ids, None))
 
 
+@pytest.mark.long
 async def test_a_revocation_that_was_delayed_is_heard_once_the_way_is_free_again(revoking: Revoking) -> None:
     victim = revoking.system["victim"]
     async with resting(victim, victim.profile) as idle:
@@ -225,6 +225,7 @@ async def test_a_revocation_that_was_delayed_is_heard_once_the_way_is_free_again
     await lift(revoking, number)
 
 
+@pytest.mark.long
 async def test_the_stream_comes_back_by_itself(revoking: Revoking) -> None:
     victim = revoking.system["victim"]
     async with listening(victim, victim.profile, 8):
