@@ -205,6 +205,19 @@ def few(policy_tables: dict[str, Any]) -> dict[str, Any]:
     return policy_tables
 
 
+def test_an_epoch_of_another_preset_is_refused(scene: Scene) -> None:
+    """The users of a hardened instance would be served by one that hides less, and nobody would have told them."""
+    weaker = make_instance(
+        scene.world.folder / "weaker", scene.world.home, instance=scene.old.id, epoch=9, preset="paper"
+    )
+    home = scene.world.home
+    inspected = instances.inspect(weaker.directory, home.developer.public_key(), home.sealing)
+    with scene.world.store.write() as db:
+        domain = instances.by_id(db, scene.old.id).domain
+        with pytest.raises(InstanceRefused, match="epoch preset: got paper, allowed: hardened"):
+            instances.add(db, inspected, vault=scene.world.vault, domain=domain, now=START)
+
+
 @pytest.mark.usefixtures("few")
 async def test_no_canary_is_drawn_twice_by_any_replica(serve: Serve) -> None:
     async with serve() as here, serve() as there:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from stip_keyservice.home import Home
 from stip_keyservice.rootkey import settings
 from stip_keyservice.rootkey.settings import DatabaseSettings, HomeSettings
-from stip_keyservice.service import budgets, instances, users
+from stip_keyservice.service import budgets, canaries, instances, users
 from stip_keyservice.service.auditlog import AuditLog, Trail, verify
 from stip_keyservice.service.policy import Budgets
 from stip_keyservice.service.shredding import shred_user
@@ -29,7 +29,7 @@ from stip_keyservice.service.state import postgres as backend_module
 from stip_keyservice.service.state import revisions
 from stip_keyservice.service.state.migrations import Secrets
 from stip_keyservice.service.state.migrations.versions.revision_0001 import metadata as version_1
-from stip_keyservice.service.state.schema import data_keys, metadata
+from stip_keyservice.service.state.schema import data_keys
 from stip_keyservice.service.state.store import Store, backend
 from stip_keyservice.service.vault import open_vault
 from stip_protocol.errors import ConfigurationError, NonceRefused, StipError, Unavailable, VersionUnsupported
@@ -79,14 +79,16 @@ def test_a_decision_waits_for_the_one_before_it_and_sees_what_that_wrote(store: 
 
 PROGRAM = """
 import sys
+from pathlib import Path
 from sqlalchemy import make_url
-from stip_keyservice.service import budgets, nonces, users
+from stip_keyservice.home import Home
+from stip_keyservice.service import budgets, canaries, nonces
 from stip_keyservice.service.policy import Budgets
-from stip_keyservice.service.state.schema import canaries
 from stip_keyservice.service.state.store import Store
+from stip_keyservice.service.vault import open_vault
 from stip_protocol.errors import NonceRefused
-from sqlalchemy import delete, select
-store, user = Store(make_url(sys.argv[1])), sys.argv[2]
+store, user, instance = Store(make_url(sys.argv[1])), sys.argv[2], sys.argv[3]
+vault = open_vault(Home.open(Path(sys.argv[4])))
 won, taken, drawn = 0, 0, []
 for number in range(25):
     try:
@@ -97,10 +99,7 @@ for number in range(25):
         pass
     with store.write() as db:
         taken += budgets.debit(db, user, 7, Budgets(), now=1)
-        one = db.execute(select(canaries.c.number).order_by(canaries.c.number).limit(1)).scalar()
-        if one is not None:
-            db.execute(delete(canaries).where(canaries.c.number == one))
-            drawn.append(one)
+        drawn += [int(item) for item in canaries.draw(db, vault, instance, 0, 1)]
 print(won, taken, *drawn)
 """
 
@@ -113,11 +112,12 @@ def test_replicas_never_grant_a_nonce_a_chunk_or_a_canary_twice(store: Store, ur
         alice = users.add(db, "alice", bytes(32), budget=300, now=1)
         inspected = instances.inspect(made.directory, home.developer.public_key(), home.sealing)
         instances.add(db, inspected, vault=vault, domain=None, now=1)
-        rows = [{"instance": made.id, "epoch": 0, "number": number, "sealed": b""} for number in range(40)]
-        db.execute(metadata.tables["canaries"].insert(), rows)
+        canaries.add(db, vault, made.id, 0, [str(number).encode() for number in range(40)])
     place = url.render_as_string(hide_password=False)
     racers = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, place, alice.id], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, place, alice.id, made.id, str(home.path)], stdout=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
     said = [[int(word) for word in racer.communicate(timeout=60)[0].split()] for racer in racers]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -187,6 +189,8 @@ async def test_a_running_service_tells_what_the_command_line_revoked_and_ends_it
     place.call_here("instances", "add", str(made.directory), "--dedicated-to", "alice")
     service = home.service.public_key()
     with place.service() as (announced, _):
+        limits = await asyncio.to_thread(Path(f"/proc/{announced['pid']}/limits").read_text)
+        assert re.search(r"Max core file size +0 ", limits), "keys would be in a core dump"
         channel = rpc.channel(announced["address"], roots=home.tls_ca.pem, server_name="localhost")
         stub: Any = keyservice_pb2_grpc.KeyServiceStub(channel)
         enclave = LiveEnclave(place.platform)

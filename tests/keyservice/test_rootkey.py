@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +327,14 @@ def test_a_home_that_another_process_holds_is_unavailable_and_not_waited_for_wit
     with home_module.locked(path), pytest.raises(Unavailable, match="another process"):
         Home.open(path)
     Home.open(path)
+
+
+def test_a_process_that_holds_keys_leaves_no_core_dump() -> None:
+    script = (
+        "import ctypes, resource; from stip_keyservice.rootkey.memory import refuse_dumps; refuse_dumps();"
+        "print(resource.getrlimit(resource.RLIMIT_CORE)[0], ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"  # PR_GET_DUMPABLE
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "0 0\n"
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,11 @@ def _present(db: Connection, instance: str) -> Instance:
 
 
 def _require_next(known: Instance, manifest: Manifest, domain: str | None) -> None:
-    """Another epoch of the same instance, for the same users, newer than all before."""
+    """Another epoch of the same instance, for the same users under the same preset, newer than all before.
+
+    Shapes may differ: each epoch is whole, with a manifest of its own, and a client whose part has another vocabulary
+    refuses the session. A preset is what users were promised of the server's view.
+    """
     again = known.epoch(manifest.epoch)
     if again is not None:
         state = "removed" if again.state == "removed" else "registered"
@@ -283,6 +287,9 @@ def _require_next(known: Instance, manifest: Manifest, domain: str | None) -> No
         raise InstanceRefused.because("instance epoch", manifest.epoch, allowed)
     if known.domain != domain:
         raise InstanceRefused.because("instance", "an epoch for other users", f"as registered: {known.kind}")
+    preset = known.epochs[-1].preset
+    if manifest.preset != preset:
+        raise InstanceRefused.because("epoch preset", manifest.preset, f"{preset}; another one is another instance's")
 
 
 def _require_state(found: Instance, number: int, *allowed: State) -> None:

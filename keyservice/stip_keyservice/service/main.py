@@ -10,6 +10,7 @@ import grpc.aio
 import structlog
 
 from stip_keyservice.home import Home
+from stip_keyservice.rootkey.memory import refuse_dumps
 from stip_keyservice.service.collateral import dates, keep_fresh, open_source
 from stip_keyservice.service.config import KeyServiceSettings
 from stip_keyservice.service.issuer import Issuer
@@ -29,6 +30,7 @@ from stip_protocol.wire import keyservice_pb2_grpc
 async def run(settings: KeyServiceSettings) -> None:
     """Serve until SIGTERM. Raises `ConfigurationError` where a file cannot be used or consents disagree."""
     logs.configure("keyservice", simulated=settings.simulated, level=settings.serving.log_level)
+    refuse_dumps()
     log = structlog.get_logger()
     hangup = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.set)
