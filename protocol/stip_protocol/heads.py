@@ -72,15 +72,21 @@ def open_head(signed: bytes, service: Ed25519PublicKey) -> AuditHead:
 def require_one_log(known: Sequence[AuditHead], head: AuditHead) -> None:
     """Hold a verified head against others of the same service. Raises `AuditLogForked`, which names no secret.
 
-    One sequence has one hash, and a log does not get shorter: the times of its entries never go back, so a head that
-    is signed later and counts fewer is of a log that was cut. An older head that comes late, as from another enclave,
-    contradicts nothing.
+    One sequence has one hash and one time, and a log does not get shorter: the times of its entries never go back, so a
+    head that is signed later and counts fewer is of a log that was cut. An older head that comes late, as from another
+    enclave, contradicts nothing.
     """
     for other in known:
         if other.sequence == head.sequence and other.hash != head.hash:
             raise AuditLogForked(
                 f"audit log of the key service: entry {head.sequence} has two hashes, {other.hash.hex()} and "
                 f"{head.hash.hex()}: two logs were shown, or one was rewritten",
+                field="audit_head",
+            )
+        if other.sequence == head.sequence and other.at != head.at:
+            raise AuditLogForked(
+                f"audit log of the key service: entry {head.sequence} has two times, {other.at} and {head.at}: one of "
+                "its heads does not say what the entry says",
                 field="audit_head",
             )
         if other.sequence > head.sequence and other.at < head.at:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -106,6 +107,56 @@ def test_a_damaged_file_is_named_and_not_overwritten(memory: HeadMemory, content
     with pytest.raises(ConfigurationError, match=memory.path.name):
         memory.check(head(1))
     assert memory.path.read_bytes() == content
+
+
+def a_file_for_a_folder(memory: HeadMemory) -> None:
+    memory.path.parent.rename(memory.path.parent.with_name("away"))
+    memory.path.parent.write_bytes(b"")
+
+
+def a_folder(memory: HeadMemory) -> None:
+    memory.path.unlink()
+    memory.path.mkdir()
+
+
+def a_link_to_what_never_ends(memory: HeadMemory) -> None:
+    memory.path.unlink()
+    memory.path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("spoil", [a_file_for_a_folder, a_folder, a_link_to_what_never_ends])
+def test_a_file_that_cannot_be_used_refuses_by_name(memory: HeadMemory, spoil: Callable[[HeadMemory], None]) -> None:
+    memory.check(head(1))
+    spoil(memory)
+    with pytest.raises(ConfigurationError, match="audit heads"):
+        memory.check(head(2))
+
+
+def test_a_full_disk_refuses_and_loses_nothing(memory: HeadMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.check(head(1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(ConfigurationError, match="No space left"):
+            memory.check(head(2))
+    assert kept(memory) == [1]
+    memory.check(head(2))
+    assert kept(memory) == [1, 2]
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_not_written(memory: HeadMemory, tmp_path: Path) -> None:
+    memory.check(head(1))
+    elsewhere = tmp_path / "elsewhere"
+    memory.path.rename(elsewhere)
+    memory.path.symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    memory.check(head(2))
+    assert elsewhere.read_bytes() == before
+    assert not memory.path.is_symlink()
+    assert kept(memory) == [1, 2]
 
 
 def test_what_a_killed_process_left_half_written_is_written_anew(memory: HeadMemory) -> None:

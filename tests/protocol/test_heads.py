@@ -66,6 +66,12 @@ def test_one_entry_with_two_hashes_is_a_fork() -> None:
         require_one_log([head(4, 100), head(5, 101)], head(5, 101, fill=9))
 
 
+def test_one_entry_at_two_times_is_a_fork() -> None:
+    """The hash covers the entry with its time: a head that says another one is a lie about it."""
+    with pytest.raises(AuditLogForked, match="entry 5 has two times"):
+        require_one_log([head(5, 101)], head(5, 999))
+
+
 def test_a_log_that_is_shorter_later_was_cut() -> None:
     require_one_log([head(9, 1000)], head(8, 1000))
     with pytest.raises(AuditLogForked, match="went back from entry 9 to 8"):
