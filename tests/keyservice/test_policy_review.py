@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stip_keyservice.service.policy import Policy
 from stip_keyservice.service.policy.diff import Effect, diff
-from stip_keyservice.service.policy.lint import lint
+from stip_keyservice.service.policy.lint import lint, lint_host
+from stip_protocol.attestation.hostpolicy import HostPolicy
 from stip_protocol.errors import PolicyInvalid
 
+from .place import told_here
 from .policies import CHANGES, FULL, MAXIMUM, A, B, C, Edit, Tables, add, drop, edited, policy, put
 
 OPPOSITE: dict[Effect, Effect] = {"widens": "narrows", "narrows": "widens", "both": "both", "neutral": "neutral"}
@@ -157,3 +162,54 @@ def test_lint_reads_every_policy_that_loads(names: list[str]) -> None:
 
 def test_the_full_policy_has_every_table() -> None:
     assert set(FULL) == set(Policy.model_fields)
+
+
+SOUND_HOST: Tables = {
+    "mode": "production",
+    "measurements": ["aa" * 48],
+    "rtmr0": ["ab" * 48],
+    "rtmr1": ["bb" * 48],
+    "rtmr2": ["cc" * 48],
+    "minimum_tcb_evaluation_number": 17,
+    "platforms": ["dd" * 16],
+    "xfam_mask": 0x602E7,
+}
+HOSTS: dict[str, tuple[Tables, str, str]] = {
+    "any kernel": ({"rtmr1": None}, "error", "rtmr1"),
+    "any command line": ({"rtmr2": None}, "error", "rtmr2"),
+    "any virtual hardware": ({"rtmr0": None}, "note", "rtmr0"),
+    "any features": ({"xfam_mask": None}, "note", "xfam_mask"),
+    "performance counters": ({"forbidden_attributes": []}, "warning", "forbidden_attributes"),
+    "any platform": ({"platforms": None}, "warning", "platforms"),
+    "any TCB recovery": ({"minimum_tcb_evaluation_number": 0}, "warning", "minimum_tcb_evaluation_number"),
+    "collateral of last year": (
+        {"collateral_max_age_seconds": 400 * 86400}, "warning", "collateral_max_age_seconds",
+    ),
+    "unpatched platforms": ({"accepted_statuses": [{"status": "OutOfDate"}]}, "error", "accepted_statuses"),
+    "development with Intel's evidence": ({"mode": "development"}, "error", "mode"),
+    "a simulated TEE": ({"mode": "development", "simulated_root_sha256": A}, "warning", "simulated_root_sha256"),
+}  # fmt: skip
+
+
+def host_policy(changed: Tables) -> HostPolicy:
+    return HostPolicy.from_mapping({key: value for key, value in (SOUND_HOST | changed).items() if value is not None})
+
+
+def test_lint_has_nothing_to_say_of_a_sound_policy_for_hosts() -> None:
+    assert lint_host(host_policy({})) == ()
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_lint_finds_in_a_policy_for_hosts(case: str) -> None:
+    changed, level, rule = HOSTS[case]
+    assert (level, rule) in {(finding.level, finding.rule) for finding in lint_host(host_policy(changed))}
+
+
+def test_the_command_lints_a_policy_for_hosts(tmp_path: Path) -> None:
+    path = tmp_path / "host-policy.toml"
+    path.write_bytes(tomli_w.dumps(SOUND_HOST).encode())
+    assert told_here("policy", "lint", "--host", str(path), "--strict").exit_code == 0
+    path.write_bytes(tomli_w.dumps({k: v for k, v in SOUND_HOST.items() if k != "rtmr2"}).encode())
+    told = told_here("policy", "lint", "--host", str(path))
+    assert (told.exit_code, "any command line" in told.stdout) == (1, True)
+    assert told_here("policy", "lint", str(path)).exit_code == 2

@@ -22,8 +22,9 @@ from stip_keyservice.home import Home, locate
 from stip_keyservice.service.commands.room import home_option, json_option, moment, show, table
 from stip_keyservice.service.policy import Policy, template
 from stip_keyservice.service.policy.diff import Change, diff
-from stip_keyservice.service.policy.lint import LEVELS, Finding, lint
+from stip_keyservice.service.policy.lint import LEVELS, Finding, lint, lint_host
 from stip_keyservice.service.policy.signing import PolicySignature, require_signed, sign, signature_path
+from stip_protocol.attestation.hostpolicy import HostPolicy
 from stip_protocol.durable import write_atomically
 from stip_protocol.errors import ConfigurationError
 from stip_protocol.release import service_id
@@ -96,13 +97,14 @@ def check(file: Path) -> None:
 @group.command("lint")
 @click.argument("file", type=EXISTING)
 @click.option("--strict", is_flag=True, help="Exit 1 on warnings, too.")
+@click.option("--host", is_flag=True, help="FILE is a policy for TDX hosts, as `evidence examine` takes it.")
 @json_option
-def lint_policy(file: Path, strict: bool) -> None:
+def lint_policy(file: Path, strict: bool, host: bool) -> None:
     """What loads in FILE and is unwise: errors, warnings, notes.
 
     Exits 1 where there is an error (with --strict: a warning), 2 where the policy does not load.
     """
-    findings = lint(Policy.load(file))
+    findings = lint_host(HostPolicy.load(file)) if host else lint(Policy.load(file))
     counts = _counts(findings)
     document = {"findings": [asdict(finding) for finding in findings], **counts}
     show(document, lambda: _findings(findings))

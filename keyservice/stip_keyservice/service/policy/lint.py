@@ -7,11 +7,13 @@ note     what whoever signs should have in mind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from stip_keyservice.service.policy.document import Policy
+from stip_protocol.attestation.hostpolicy import HostPolicy
+from stip_protocol.attestation.policy import EvidenceRules
 from stip_protocol.release import CANARIES_LIMIT
 
 Level = Literal["error", "warning", "note"]
@@ -42,7 +44,16 @@ class Finding:
 
 def lint(policy: Policy) -> tuple[Finding, ...]:
     """All findings, the gravest first."""
-    found = [finding for check in CHECKS for finding in check(policy)]
+    return _sorted(finding for check in CHECKS for finding in check(policy))
+
+
+def lint_host(policy: HostPolicy) -> tuple[Finding, ...]:
+    """All findings about a policy for TDX hosts, the gravest first."""
+    shared = (finding for check in SHARED for finding in check(policy, ""))
+    return _sorted((*shared, *(finding for check in HOST_CHECKS for finding in check(policy))))
+
+
+def _sorted(found: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
 
 
@@ -55,41 +66,41 @@ def _mode(policy: Policy) -> Iterator[Finding]:
         yield Finding("error", "evidence.mode", why, 'Say mode = "production".')
 
 
-def _outdated(policy: Policy) -> Iterator[Finding]:
-    for accepted in policy.evidence.accepted_statuses:
+def _outdated(rules: EvidenceRules, table: str) -> Iterator[Finding]:
+    for accepted in rules.accepted_statuses:
         if accepted.status in OUTDATED:
             why = f"{accepted.status}: platforms with published, unpatched vulnerabilities get keys"
             advice = "Have the platform updated; drop the status."
-            yield Finding("error", "evidence.accepted_statuses", why, advice)
+            yield Finding("error", f"{table}accepted_statuses", why, advice)
 
 
-def _advisories(policy: Policy) -> Iterator[Finding]:
-    for accepted in policy.evidence.accepted_statuses:
+def _advisories(rules: EvidenceRules, table: str) -> Iterator[Finding]:
+    for accepted in rules.accepted_statuses:
         if accepted.status != "UpToDate" and not accepted.advisories:
             why = f"{accepted.status} without advisories: it comes with some, and each that is not listed refuses"
             advice = "List the advisories that you have read and accept."
-            yield Finding("warning", "evidence.accepted_statuses", why, advice)
+            yield Finding("warning", f"{table}accepted_statuses", why, advice)
 
 
-def _evaluation_number(policy: Policy) -> Iterator[Finding]:
-    if policy.evidence.minimum_tcb_evaluation_number == 0:
+def _evaluation_number(rules: EvidenceRules, table: str) -> Iterator[Finding]:
+    if rules.minimum_tcb_evaluation_number == 0:
         why = "0: a host may present the collateral of an older TCB recovery, which calls old platforms up to date"
         advice = "Name the tcbEvaluationDataNumber of Intel's current round, and raise it with each."
-        yield Finding("warning", "evidence.minimum_tcb_evaluation_number", why, advice)
+        yield Finding("warning", f"{table}minimum_tcb_evaluation_number", why, advice)
 
 
-def _collateral(policy: Policy) -> Iterator[Finding]:
-    age = policy.evidence.collateral_max_age_seconds
+def _collateral(rules: EvidenceRules, table: str) -> Iterator[Finding]:
+    age = rules.collateral_max_age_seconds
     if age > OLD_COLLATERAL_SECONDS:
         why = f"{age // DAY} days: a platform that was revoked since counts as good for so long"
-        yield Finding("warning", "evidence.collateral_max_age_seconds", why, "30 days or less.")
+        yield Finding("warning", f"{table}collateral_max_age_seconds", why, "30 days or less.")
 
 
-def _platforms(policy: Policy) -> Iterator[Finding]:
-    if policy.evidence.platforms is None:
+def _platforms(rules: EvidenceRules, table: str) -> Iterator[Finding]:
+    if rules.platforms is None:
         why = "none: any genuine platform gets keys, also one whose owner solders an interposer to its memory"
         advice = "Enrol platforms (PPID or platform instance id), above all where the operator hosts the enclave."
-        yield Finding("warning", "evidence.platforms", why, advice)
+        yield Finding("warning", f"{table}platforms", why, advice)
 
 
 def _signers(policy: Policy) -> Iterator[Finding]:
@@ -183,13 +194,50 @@ def _canaries(policy: Policy) -> Iterator[Finding]:
         yield Finding("note", "canaries.per_bundle", why, f"1 to {CANARIES_LIMIT}, where instances have canaries.")
 
 
-CHECKS: tuple[Callable[[Policy], Iterator[Finding]], ...] = (
-    _mode,
+def _firmware(policy: HostPolicy) -> Iterator[Finding]:
+    for name, values in (("rtmr1", policy.rtmr1), ("rtmr2", policy.rtmr2)):
+        if values is None:
+            why = "not pinned: any kernel and any command line that this firmware starts"
+            yield Finding("error", name, why, "List the values of the images that you trust.")
+    if policy.rtmr0 is None:
+        why = "not pinned: whatever virtual hardware and boot order the operator gives the firmware"
+        yield Finding("note", "rtmr0", why, "List the values of the machine shapes in use.")
+
+
+def _features(policy: HostPolicy) -> Iterator[Finding]:
+    if "PERFMON" not in policy.forbidden_attributes:
+        why = "PERFMON is allowed: performance counters are a side channel"
+        yield Finding("warning", "forbidden_attributes", why, "Forbid it.")
+    if policy.xfam_mask is None:
+        why = "none: any extended feature of the processor may be enabled"
+        yield Finding("note", "xfam_mask", why, "State the features that your image uses.")
+
+
+def _host_mode(policy: HostPolicy) -> Iterator[Finding]:
+    if policy.simulated_root_sha256 is not None:
+        why = "a simulated TEE is trusted: nothing is protected"
+        yield Finding("warning", "simulated_root_sha256", why, "Use it for trials alone.")
+    elif policy.mode == "development":
+        yield Finding("error", "mode", "a policy for development accepts Intel's evidence", 'Say mode = "production".')
+
+
+def _evidence(policy: Policy) -> Iterator[Finding]:
+    for check in SHARED:
+        yield from check(policy.evidence, "evidence.")
+
+
+SHARED: tuple[Callable[[EvidenceRules, str], Iterator[Finding]], ...] = (
     _outdated,
     _advisories,
     _evaluation_number,
     _collateral,
     _platforms,
+)
+"""Of the evidence of any TEE; told the table that the rules stand in."""
+HOST_CHECKS: tuple[Callable[[HostPolicy], Iterator[Finding]], ...] = (_host_mode, _firmware, _features)
+CHECKS: tuple[Callable[[Policy], Iterator[Finding]], ...] = (
+    _mode,
+    _evidence,
     _signers,
     _measurements,
     _lease,
