@@ -30,16 +30,20 @@ STATUSES = (
 """Of Intel's, all that an ordinary policy does not accept."""
 
 
-def faulty(name: str, told: str, code: str = REFUSED, *, rules: Rules | None = None, **faults: Any) -> Case:
+def faulty(
+    name: str, told: str, code: str = REFUSED, *, says: str = "", rules: Rules | None = None, **faults: Any
+) -> Case:
     """Evidence of a platform about which something is wrong, and whose signatures all hold."""
 
     async def arrange(scene: Scene) -> Act:
         return scene.asking(await scene.request(enclave=scene.new_enclave(faults=Faults(**faults))))
 
-    return Case(name, told, code, arrange, rules=rules or {})
+    return Case(name, told, code, arrange, says=says, rules=rules or {})
 
 
-def given(name: str, told: str, code: str, make: Callable[[Scene], bytes], *, rules: Rules | None = None) -> Case:
+def given(
+    name: str, told: str, code: str, make: Callable[[Scene], bytes], *, says: str = "", rules: Rules | None = None
+) -> Case:
     """A genuine quote with other collateral."""
 
     async def arrange(scene: Scene) -> Act:
@@ -47,7 +51,7 @@ def given(name: str, told: str, code: str, make: Callable[[Scene], bytes], *, ru
         request.collateral = make(scene)
         return scene.asking(request)
 
-    return Case(name, told, code, arrange, rules=rules or {})
+    return Case(name, told, code, arrange, says=says, rules=rules or {})
 
 
 def changed(**fields: Any) -> Callable[[Scene], bytes]:
@@ -185,11 +189,16 @@ SIGNERS = Section(
     "service",
     (
         faulty("collateral signed by a PCK certificate", "the signer of both documents", signer="pck"),
-        given("TCB info signed by a PCK certificate", "its signer", REFUSED, signed_by_pck("tcb_info")),
-        given("a QE identity signed by a PCK certificate", "its signer", REFUSED, signed_by_pck("qe_identity")),
-        faulty("collateral signed under another common name", "the CN of the TCB signer", signer="renamed"),
-        given("TCB info altered after signing", "`nextUpdate`", REFUSED, tampered("tcb_info")),
-        given("a QE identity altered after signing", "`nextUpdate`", REFUSED, tampered("qe_identity")),
+        given("TCB info signed by a PCK certificate", "its signer", REFUSED, signed_by_pck("tcb_info"),
+              says="TCB info chain"),
+        given("a QE identity signed by a PCK certificate", "its signer", REFUSED, signed_by_pck("qe_identity"),
+              says="QE identity chain"),
+        faulty("collateral signed under another common name", "the CN of the TCB signer", signer="renamed",
+               says="common name"),
+        given("TCB info altered after signing", "`nextUpdate`", REFUSED, tampered("tcb_info"),
+              says="Signature is invalid for tcb_info"),
+        given("a QE identity altered after signing", "`nextUpdate`", REFUSED, tampered("qe_identity"),
+              says="Signature is invalid for qe_identity"),
         given(
             "TCB info of another hierarchy", "document, signature and chain", REFUSED,
             stranger_part("tcb_info", "tcb_info_signature", "tcb_info_issuer_chain"),
@@ -199,21 +208,22 @@ SIGNERS = Section(
             stranger_part("qe_identity", "qe_identity_signature", "qe_identity_issuer_chain"),
         ),
         given(
-            "TCB info under another one's signature", "the signature", REFUSED, stranger_part("tcb_info_signature")
+            "TCB info under another one's signature", "the signature", REFUSED, stranger_part("tcb_info_signature"),
+            says="Signature is invalid for tcb_info"
         ),
         given("a PCK CRL of another CA of the same name", "the CRL", REFUSED, stranger_part("pck_crl")),
         given("a root CRL of another root of the same name", "the CRL", REFUSED, stranger_part("root_ca_crl")),
         given(
             "a PCK CRL by the root", "its issuer", REFUSED,
-            lambda scene: scene.forge.with_crl("pck_crl", "root", opens=-HOUR, closes=DAY),
+            lambda scene: scene.forge.with_crl("pck_crl", "root", opens=-HOUR, closes=DAY), says="CRL issuers"
         ),
         given(
             "a root CRL by the PCK CA", "its issuer", REFUSED,
-            lambda scene: scene.forge.with_crl("root_ca_crl", "pck_ca", opens=-HOUR, closes=DAY),
+            lambda scene: scene.forge.with_crl("root_ca_crl", "pck_ca", opens=-HOUR, closes=DAY), says="CRL issuers"
         ),
         given(
             "a PCK CRL with the chain of another CA", "its issuer chain", REFUSED,
-            stranger_part("pck_crl_issuer_chain"),
+            stranger_part("pck_crl_issuer_chain"), says="PCK CRL root"
         ),
         given(
             "everything of another hierarchy but the quote", "the collateral", REFUSED,
@@ -230,7 +240,7 @@ DATES = Section(
         *dated("is not valid yet", HOUR, 2 * DAY),
         Case(
             "collateral older than the policy allows", "eight days, where seven are allowed", EXPIRED,
-            too_old, rules={"evidence": {"collateral_max_age_seconds": 7 * DAY}},
+            too_old, rules={"evidence": {"collateral_max_age_seconds": 7 * DAY}}, says="collateral age"
         ),
     ),
 )  # fmt: skip
@@ -250,12 +260,12 @@ LEVELS = Section(
     "is about this platform at all.",
     "service",
     (
-        faulty("TCB info labelled version 2", "`version`", tcb_info_version=2),
-        faulty("TCB info of another PCE", "`pceId`", pce_id=b"\x00\x01"),
-        faulty("TCB info of another platform family", "`fmspc`", fmspc=b"OTHERS"),
-        faulty("TCB info of TDX", "`id`", tcb_info_id="TDX"),
-        faulty("a QE identity of the verification enclave", "`id`: QVE", qe_identity_id="QVE"),
-        faulty("a QE identity of TDX", "`id`: TD_QE", qe_identity_id="TD_QE"),
+        faulty("TCB info labelled version 2", "`version`", tcb_info_version=2, says="got SGX, 2"),
+        faulty("TCB info of another PCE", "`pceId`", pce_id=b"\x00\x01", says="0001, allowed"),
+        faulty("TCB info of another platform family", "`fmspc`", fmspc=b"OTHERS", says="Fmspc mismatch"),
+        faulty("TCB info of TDX", "`id`", tcb_info_id="TDX", says="non-SGX TCB info"),
+        faulty("a QE identity of the verification enclave", "`id`: QVE", qe_identity_id="QVE", says="QVE version 2"),
+        faulty("a QE identity of TDX", "`id`: TD_QE", qe_identity_id="TD_QE", says="TD_QE version 2"),
         pretending(
             "a QE identity of another signer", "`mrsigner`", lambda value: value.update(mrsigner="AB" * 32)
         ),
@@ -268,38 +278,43 @@ LEVELS = Section(
             "a QE identity with another MISCSELECT", "`miscselect`", lambda value: value.update(miscselect="00000001")
         ),
         pretending("a QE identity labelled version 3", "`version`", lambda value: value.update(version=3)),
-        faulty("a quoting enclave that is out of date", "its ISVSVN, below the current one", qe_isv_svn=7),
-        faulty("a quoting enclave below every known level", "its ISVSVN", qe_isv_svn=0),
-        faulty("a platform below the current level", "`pcesvn` of the best level", required_pce_svn=PCE_SVN + 1),
+        faulty("a quoting enclave that is out of date", "its ISVSVN, below the current one", qe_isv_svn=7,
+               says="TCB status: got OutOfDate, INTEL-SA-00615"),
+        faulty("a quoting enclave below every known level", "its ISVSVN", qe_isv_svn=0, says="QE ISVSVN 0"),
+        faulty("a platform below the current level", "`pcesvn` of the best level", required_pce_svn=PCE_SVN + 1,
+               says="TCB status: got OutOfDate, INTEL-SA-00828"),
         faulty(
             "a platform below every known level", "`pcesvn` of all levels",
-            required_pce_svn=PCE_SVN + 2, oldest_pce_svn=PCE_SVN + 1,
+            required_pce_svn=PCE_SVN + 2, oldest_pce_svn=PCE_SVN + 1, says="No matching TCB level"
         ),
         *(
             faulty(f"a platform whose TCB status is {status}", "`tcbStatus`", tcb_status=status)
             for status in STATUSES
         ),
         faulty("a platform with a status that nobody knows", "`tcbStatus`", tcb_status="Fine"),
-        faulty("a current platform with an advisory", "`advisoryIDs`", advisories=("INTEL-SA-00334",)),
+        faulty("a current platform with an advisory", "`advisoryIDs`", advisories=("INTEL-SA-00334",),
+               says="got UpToDate, INTEL-SA-00334"),
         faulty(
             "an accepted status with an advisory that is not listed", "`advisoryIDs`: one more than the policy accepts",
             tcb_status="SWHardeningNeeded", advisories=("INTEL-SA-00334", "INTEL-SA-00615"), rules=HARDENED,
+            says="got SWHardeningNeeded, INTEL-SA-00334, INTEL-SA-00615"
         ),
         faulty(
             "an advisory that is accepted with another status", "`advisoryIDs`",
             tcb_status="SWHardeningNeeded", advisories=("INTEL-SA-00615",), rules=HARDENED,
+            says="got SWHardeningNeeded, INTEL-SA-00615"
         ),
         faulty(
             "collateral of an older TCB recovery", "`tcbEvaluationDataNumber` of both documents",
-            evaluation_number=EVALUATION_NUMBER - 1, rules=LEAST,
+            evaluation_number=EVALUATION_NUMBER - 1, rules=LEAST, says="TCB evaluation number"
         ),
         given(
             "TCB info of an older TCB recovery", "`tcbEvaluationDataNumber`", REFUSED, low_evaluation("tcb_info"),
-            rules=LEAST,
+            rules=LEAST, says="TCB evaluation number"
         ),
         given(
             "a QE identity of an older TCB recovery", "`tcbEvaluationDataNumber`", REFUSED,
-            low_evaluation("qe_identity"), rules=LEAST,
+            low_evaluation("qe_identity"), rules=LEAST, says="TCB evaluation number"
         ),
     ),
 )  # fmt: skip
