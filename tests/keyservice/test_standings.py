@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import event, insert, select
 
 from stip_keyservice.home import Home
-from stip_keyservice.service import canaries, endings, instances, revocations, usage, users
+from stip_keyservice.service import budgets, canaries, endings, instances, revocations, usage, users
 from stip_keyservice.service.leases import LeaseRecord
+from stip_keyservice.service.policy import Budgets
 from stip_keyservice.service.release import EnclaveFacts
 from stip_keyservice.service.shredding import shred_user
 from stip_keyservice.service.state.schema import leases
@@ -163,6 +165,52 @@ def test_users_and_their_devices_end_their_own_leases(book: Book) -> None:
         users.enable(db, "bob")
         users.remove_device(db, users.by_name(db, "bob"), "first", now=NOW)
     assert book.states() == {1: "user removed", 2: "device removed"}
+
+
+def test_a_measurement_is_revoked_however_many_leases_there_are(book: Book) -> None:
+    """Databases take some 30,000 parameters in a statement; on the night it matters there are more leases than that."""
+    parameters: list[int] = []
+
+    def count(_: object, __: object, statement: str, given: Any, *___: object) -> None:
+        if statement.startswith("UPDATE leases"):
+            parameters.append(len(given))
+
+    for number in range(40):
+        book.lease(number, "alice")
+    with book.store.write() as db:
+        event.listen(db, "before_cursor_execute", count)
+        assert revocations.revoke(db, "measurement", MEASUREMENT.hex(), reason="a test", now=NOW)[1] == 40
+    assert parameters
+    assert max(parameters) < 10
+
+
+def test_the_newest_of_many_leases_are_listed(book: Book) -> None:
+    first = book.lease(0, "alice")
+    with book.store.write() as db:
+        row = dict(db.execute(select(leases)).one()._mapping)
+        more = [row | {"handle": number.to_bytes(16, "big"), "not_before": NOW - number} for number in range(1, 10_001)]
+        db.execute(insert(leases), more)
+    with book.store.read() as db:
+        found = endings.listed(db, now=NOW, limit=100)
+        assert [lease.handle for lease in found] == [first, *(number.to_bytes(16, "big") for number in range(1, 100))]
+        assert len(endings.listed(db, now=NOW, limit=100_000, user=row["user"])) == 10_001
+        assert instances.running_leases(db, book.made.id, now=NOW) == {0: 10_001}
+
+
+def test_usage_and_the_days_budget_turn_at_midnight_utc(book: Book) -> None:
+    midnight, caps = 3 * usage.DAY_SECONDS, Budgets(tokens_per_day=30)
+    with book.store.write() as db:
+        alice = users.by_name(db, "alice").id
+
+        def debit(wanted: int, now: int) -> int:
+            taken = budgets.debit(db, alice, wanted, caps, now=now)
+            usage.record(db, alice, now=now, debited=taken)
+            return taken
+
+        assert [debit(20, midnight - 1), debit(20, midnight - 1), debit(20, midnight), debit(20, midnight)] == [
+            20, 10, 20, 10
+        ]  # fmt: skip
+        assert [(day.day, day.debited) for day in usage.of(db, alice, since=0)] == [(2, 30), (3, 30)]
 
 
 def test_canaries_and_usage(book: Book) -> None:

@@ -134,12 +134,11 @@ def _make(db: Connection, kind: Kind, subject: str, reason: str, now: int) -> Re
 
 
 def _of_measurement(db: Connection, subject: str) -> ColumnElement[bool]:
-    """What evidence established is one document in a lease's row: leases that are open are read through."""
-    rows = db.execute(select(leases.c.handle, leases.c.enclave).where(leases.c.revoked.is_(None)))
+    """What evidence established is one document in a lease's row. There are as many different ones as machines and
+    states of theirs, not as leases: a statement takes that many parameters."""
+    found = db.execute(select(leases.c.enclave).where(leases.c.revoked.is_(None)).distinct()).scalars()
     wanted = bytes.fromhex(subject)
-    return leases.c.handle.in_(
-        [row.handle for row in rows if EnclaveFacts.from_bytes(row.enclave).measurement == wanted]
-    )
+    return leases.c.enclave.in_([facts for facts in found if EnclaveFacts.from_bytes(facts).measurement == wanted])
 
 
 def _of_epoch(db: Connection, subject: str) -> ColumnElement[bool]:
