@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 from prometheus_client import generate_latest
+from sqlalchemy import text
+from structlog.testing import capture_logs
 
+from stip_keyservice.service import operations as module
 from stip_keyservice.service.operations import Operations
 from stip_protocol.runtime.probes import Runner
 
-from .conftest import START, World
+from .conftest import START, World, refusal
 
 
 @pytest.fixture
@@ -72,3 +77,36 @@ async def test_numbers_follow_the_state_and_name_nobody(world: World, operations
     user = world.user(alice)
     for name in (user.id, user.name, user.devices[0].id, instance.id, lease.handle.hex()):
         assert name not in text
+
+
+async def test_a_state_that_fails_while_refusals_are_written_ends_nothing_and_loses_none(
+    world: World, operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HOUSEKEEPING_SECONDS", 0.02)
+    alice = world.person("alice")
+    instance, enclave = world.instance(owner=alice), world.enclave()
+    delegation = alice.delegate(enclave, instance.id)
+    claims = enclave.claims(await world.challenge(), delegation, instance.id).model_copy(update={"nonce": bytes(32)})
+    for _ in range(10):
+        assert await refusal(world.stub.Release(enclave.request(claims, delegation))) == "nonce_refused"
+    world.clock.now += 60
+    with world.store.write() as db:
+        db.execute(text("ALTER TABLE audit RENAME TO elsewhere"))
+    keeping = asyncio.create_task(operations.keep_house())
+    try:
+        with capture_logs() as logs:
+            await until(lambda: keeping.done() or len(logs) > 1)
+        assert not keeping.done()
+        with world.store.write() as db:
+            db.execute(text("ALTER TABLE elsewhere RENAME TO audit"))
+        await until(lambda: world.entries()[-1].event == "refusals_folded")
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+    assert world.entries()[-1].count == 2
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():  # noqa: ASYNC110 - what is waited for runs in a thread
+            await asyncio.sleep(0.01)

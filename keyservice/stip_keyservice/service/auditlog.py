@@ -230,7 +230,7 @@ class AuditLog:
                 for one in folded:
                     subject: Subject = {"detail": one.detail, "count": one.count, "peer": one.peer}
                     self.append(db, Trail("refusals_folded", now, subject), code=one.code)
-        except StipError:
+        except Exception:
             self._strangers.give_back(folded)
             raise
 

@@ -20,6 +20,7 @@ from stip_keyservice.service.issuer import Issuer
 from stip_keyservice.service.state.schema import leases, revocations
 from stip_keyservice.service.state.store import Store
 from stip_protocol.errors import StipError
+from stip_protocol.runtime.logs import fault
 from stip_protocol.runtime.probes import Check
 from stip_protocol.telemetry import (
     COLLATERAL_AGE,
@@ -74,8 +75,8 @@ class Operations:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             try:
                 await asyncio.to_thread(self._issuer.write_folded)
-            except StipError as error:  # kept, and written the next time
-                structlog.get_logger().warning("folded refusals are not written yet", code=error.code)
+            except (StipError, SQLAlchemyError) as error:  # kept, and written the next time
+                structlog.get_logger().warning("folded refusals are not written yet", fault=fault(error))
 
     def _unsealed(self) -> str | None:
         key = secrets.token_bytes(32)
