@@ -91,14 +91,14 @@ async def test_a_state_that_fails_while_refusals_are_written_ends_nothing_and_lo
         assert await refusal(world.stub.Release(enclave.request(claims, delegation))) == "nonce_refused"
     world.clock.now += 60
     with world.store.write() as db:
-        db.execute(text("ALTER TABLE audit RENAME TO elsewhere"))
+        db.execute(text("CREATE TRIGGER no BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no'); END"))
     keeping = asyncio.create_task(operations.keep_house())
     try:
         with capture_logs() as logs:
             await until(lambda: keeping.done() or len(logs) > 1)
         assert not keeping.done()
         with world.store.write() as db:
-            db.execute(text("ALTER TABLE elsewhere RENAME TO audit"))
+            db.execute(text("DROP TRIGGER no"))
         await until(lambda: world.entries()[-1].event == "refusals_folded")
     finally:
         keeping.cancel()
