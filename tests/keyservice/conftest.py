@@ -51,7 +51,12 @@ from stip_protocol.telemetry import Telemetry
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 from stip_stack.tee import SimulatedPlatform
 
+from ..services.postgres import postgres
+from ..services.softhsm import softhsm
 from .place import Place
+
+__all__ = ["postgres", "softhsm"]
+"""Fixtures of the session: one server and one token for all modules."""
 
 MEASUREMENT = hashlib.sha256(b"an enclave that the policy names").digest()
 START = int(time.time())

@@ -37,11 +37,9 @@ from stip_protocol.release import Heartbeat
 from stip_stack.tee import SimulatedPlatform
 
 from ..services.cutting import Cutting
-from ..services.postgres import PASSWORD, Server, postgres
+from ..services.postgres import PASSWORD, Server
 from .conftest import make_instance, refusal, served
 from .place import Place
-
-__all__ = ["postgres"]
 
 VERSION_1 = Path(__file__).with_name("version1")
 

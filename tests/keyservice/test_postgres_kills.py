@@ -35,11 +35,9 @@ from stip_protocol.lease import Lease
 from stip_protocol.release import AuditHead, Bundle, Heartbeat, Renewal, sign_heartbeat, unseal
 from stip_protocol.wire import keyservice_pb2, keyservice_pb2_grpc
 
-from ..services.postgres import Server, postgres
+from ..services.postgres import Server
 from .conftest import MEASUREMENT, Enclave, Person, make_instance
 from .place import COMMAND, Place
-
-__all__ = ["postgres"]
 
 KILLS = int(os.environ.get("STIP_KILLS", "50"))
 SEED = int(os.environ.get("STIP_SEED", "20261120"))

@@ -27,11 +27,9 @@ from stip_protocol.errors import ConfigurationError, IntegrityError, StipError, 
 from stip_protocol.release import Grant
 
 from ..services.kills import died
-from ..services.softhsm import Token, softhsm
+from ..services.softhsm import Token
 from .conftest import MadeInstance, make_instance
 from .place import Place
-
-__all__ = ["softhsm"]
 
 
 @dataclass

@@ -27,10 +27,8 @@ from stip_keyservice.rootkey.settings import (
 )
 from stip_protocol.errors import ConfigurationError, IntegrityError, StipError, Unavailable, VersionUnsupported
 
-from ..services.softhsm import OTHER_PIN, Token, softhsm
+from ..services.softhsm import OTHER_PIN, Token
 from .place import Place
-
-__all__ = ["softhsm"]
 
 
 @pytest.fixture

@@ -23,10 +23,8 @@ from stip_keyservice.service.usage import Usage
 from stip_keyservice.service.vault import Vault, open_vault
 from stip_keyservice.service.watching import Standing, standings
 
-from ..services.postgres import Server, postgres
+from ..services.postgres import Server
 from .conftest import MEASUREMENT, MadeInstance, make_instance
-
-__all__ = ["postgres"]
 
 NOW, GRACE = 10_000, 300
 FACTS = EnclaveFacts(
