@@ -97,9 +97,14 @@ async def run(settings: EnclaveSettings, provider: EvidenceProvider, reread: Cal
     tasks = [asyncio.create_task(work) for work in background.values()]
     for task, what in zip(tasks, background, strict=True):
         leave_with(task, what)
+
+    async def drain() -> None:
+        await service.drain()
+        await instances.stop()
+
     try:
         evidence = Check("evidence", lambda: None if time.time() < evidence_ends else "its certificate has run out")
-        await serve(settings.serving, telemetry, credentials, register, service.drain, ready=[evidence])
+        await serve(settings.serving, telemetry, credentials, register, drain, ready=[evidence])
     finally:
         for task in tasks:
             task.cancel()

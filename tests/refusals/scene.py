@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -55,8 +56,11 @@ class Service:
         self._instance = world.instance(owner=self._neighbour, measured=LITTLE)
 
     def scene(self, *, own: bool) -> Scene:
-        """A new one, a minute later; with `own`, Alice and her instance are new as well."""
-        self.world.clock.now += MINUTE
+        """A new one, a minute later; with `own`, Alice and her instance are new as well.
+
+        Nor is it before the machine's own time, by which commands beside the service date what they do.
+        """
+        self.world.clock.now = MINUTE + max(self.world.clock.now, int(time.time()))
         number = next(self._numbers)
         if own or self._resident is None:
             alice = self.world.person(f"alice-{number}", budget=BUDGET)
