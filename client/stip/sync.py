@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -21,6 +22,8 @@ from stip.verification import Verification
 from stip_protocol.attestation.verifier import Step
 
 T = TypeVar("T")
+LOOK_SECONDS = 0.2
+"""How long Ctrl-C may go unnoticed."""
 
 
 class _Call(Generic[T]):
@@ -57,7 +60,11 @@ class _Loop:
         also between handing it over and waiting for it."""
         loop, call = self._started(), _Call(work)
         try:
-            return asyncio.run_coroutine_threadsafe(call.run(), loop).result()
+            future = asyncio.run_coroutine_threadsafe(call.run(), loop)
+            # A signal that comes just before this thread begins to wait does not end the wait: look again now and then.
+            while not wait([future], timeout=LOOK_SECONDS).done:
+                pass
+            return future.result()
         except BaseException:
             loop.call_soon_threadsafe(call.cancel)
             raise

@@ -222,6 +222,29 @@ def test_an_interruption_just_as_a_step_is_handed_over_stops_that_step(
         assert [chunk.text for chunk in session.generate("Two.")]
 
 
+UNNOTICED = """
+import asyncio, os, signal, threading
+from stip.sync import _LOOP
+
+async def interrupted():
+    # Taken by a thread that is not the waiting one, as a signal is that comes just before the wait begins.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    await asyncio.Event().wait()
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+try:
+    _LOOP.run(interrupted())
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_ctrl_c_that_does_not_end_the_wait_is_noticed_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", UNNOTICED], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("interrupted\n", 0), done.stderr
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(path: str, enclave: Any):
     enclave.hold_after = 3
     code = "from stip.cli import main; main()"
