@@ -132,7 +132,7 @@ def test_an_instance_is_added_once_and_removal_destroys_its_grant(made: MadeInst
     with store.write() as db:
         alice = users.add(db, "alice", bytes(32), budget=1, now=1)
         instance = instances.add(db, inspected, vault=vault, domain=alice.domain, now=1)
-        assert (instance.kind, instance.members) == ("dedicated", (alice.id,))
+        assert (instance.kind, instances.users_of(db, instance)) == ("dedicated", (alice.id,))
         with pytest.raises(InstanceRefused):
             instances.allow(db, made.id, alice)
     with pytest.raises(InstanceRefused), store.write() as db:

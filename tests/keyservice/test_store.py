@@ -82,8 +82,8 @@ def test_a_home_of_version_1_is_refused_until_it_is_upgraded_with_all_its_data(
         assert carol[1].removed_at is not None
         alice, bob = (users.by_name(db, name).id for name in ("alice", "bob"))
         found = {name: instances.by_id(db, version_1[name]) for name in ("dedicated", "shared", "removed", "audited")}
-        assert found["dedicated"].members == (alice,)
-        assert found["shared"].members == tuple(sorted((alice, bob)))
+        assert instances.users_of(db, found["dedicated"]) == (alice,)
+        assert instances.users_of(db, found["shared"]) == tuple(sorted((alice, bob)))
         assert found["removed"].removed
         assert [epoch.number for one in found.values() for epoch in one.epochs] == [0] * 4
         leakage = found["audited"].epochs[0].leakage

@@ -67,15 +67,13 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Instance:
-    """One trust domain's model: its epochs, and who may use it."""
+    """One trust domain's model and its epochs. Who may use it, `User.instances` says, and `users_of`."""
 
     id: str
     kind: Kind
     domain: str | None
     """Of a dedicated one, whose users may have it."""
     added_at: int
-    members: tuple[str, ...]
-    """Ids of the users who may use it."""
     epochs: tuple[Epoch, ...]
     """By number; removed ones are among them."""
 
@@ -227,6 +225,15 @@ def remove(db: Connection, vault: Vault, instance: str, *, now: int) -> Instance
     return by_id(db, instance)
 
 
+def users_of(db: Connection, instance: Instance) -> tuple[str, ...]:
+    """Ids of all users who may use it. For people: there may be very many, and no decision needs more than one."""
+    if instance.kind == "shared":
+        allowed = select(members.c.user).where(members.c.instance == instance.id)
+    else:
+        allowed = select(users.c.id).where(users.c.domain == instance.domain, users.c.removed_at.is_(None))
+    return tuple(sorted(db.execute(allowed).scalars()))
+
+
 def by_id(db: Connection, instance: str) -> Instance:
     """The instance of that id, removed or not. Raises `InstanceRefused`."""
     found = find(db, instance)
@@ -323,20 +330,12 @@ def _at(instance: str, epoch: int) -> tuple[ColumnElement[bool], ColumnElement[b
 
 
 def _instance(db: Connection, row: Row[tuple[object, ...]]) -> Instance:
-    shared = row.kind == "shared"
-    allowed = db.execute(_MEMBERS, {"id": row.id}) if shared else db.execute(_OF_DOMAIN, {"domain": row.domain})
-    return Instance(
-        **row._mapping,
-        members=tuple(sorted(allowed.scalars())),
-        epochs=tuple(_epoch(each) for each in db.execute(_EPOCHS, {"id": row.id})),
-    )
+    return Instance(**row._mapping, epochs=tuple(_epoch(each) for each in db.execute(_EPOCHS, {"id": row.id})))
 
 
 # What every release and renewal asks, built once: building a statement costs more than running it.
 _BY_ID = select(instances).where(instances.c.id == bindparam("id"))
 _GRANT = select(grants).where(grants.c.instance == bindparam("instance"), grants.c.epoch == bindparam("epoch"))
-_MEMBERS = select(members.c.user).where(members.c.instance == bindparam("id"))
-_OF_DOMAIN = select(users.c.id).where(users.c.domain == bindparam("domain"), users.c.removed_at.is_(None))
 _SUMMED = and_(leakage_summaries.c.instance == epochs.c.instance, leakage_summaries.c.epoch == epochs.c.number)
 _EPOCHS = (
     select(epochs, leakage_summaries.c.summary)

@@ -173,7 +173,7 @@ def require_present(user: User, device: Device) -> None:
 
 def require_member(user: User, instance: Instance) -> None:
     """Raises `UserRefused` where the instance is not for this user."""
-    if user.id not in instance.members:
+    if instance.id not in user.instances:
         raise UserRefused.because("user", "not a member of this instance", "the members of the instance")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,11 @@ def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Pa
                 trail.event = "epoch_added"
             instance = instances.add(db, inspected, vault=room.vault, domain=domain, now=trail.now)
             room.audit.append(db, trail)
+            found = _listed(db, instance)
     if policy is None:
         audited = "not audited" if manifest.leakage is None else "audited"
         click.echo(f"The instance is {audited}. Whether that will do, the policy decides at release.", err=True)
-    _show_one(instance)
+    _show_one(found)
 
 
 @group.command("show")
@@ -89,8 +91,8 @@ def add(directory: Path, dedicated_to: str | None, shared: bool, policy_file: Pa
 def show_instance(instance: str, home: Path | None) -> None:
     """One INSTANCE, removed or not, and what an audit measured of it."""
     with open_room(home) as room, room.store.read() as db:
-        found = instances.by_id(db, instance)
-    shown = _shown(found)
+        found = _listed(db, instances.by_id(db, instance))
+    shown = _shown(found.instance)
     cells = [] if shown.leakage is None else [cell.model_dump(mode="json") for cell in shown.leakage.cells]
     show(_document(found) | {"cells": cells}, lambda: Group(_table([found]), "", _cells(shown)))
 
@@ -110,8 +112,9 @@ def remove(instance: str, home: Path | None) -> None:
             removed = instances.remove(db, room.vault, instance, now=trail.now)
             trail.subject["instance"] = removed.id
             room.audit.append(db, trail)
+            found = _listed(db, removed)
         room.forget()
-    _show_one(removed)
+    _show_one(found)
 
 
 @group.command("shred")
@@ -132,8 +135,9 @@ def shred(instance: str, yes: bool, home: Path | None) -> None:
             shredded = shred_instance(db, room.vault, instance, now=trail.now)
             trail.subject["instance"] = shredded.id
             room.audit.append(db, trail)
+            found = _listed(db, shredded)
         room.forget()
-    _show_one(shredded)
+    _show_one(found)
 
 
 @group.command("list")
@@ -143,8 +147,20 @@ def shred(instance: str, yes: bool, home: Path | None) -> None:
 def list_instances(removed: bool, home: Path | None) -> None:
     """The registered instances."""
     with open_room(home) as room, room.store.read() as db:
-        found = list(instances.everything(db, removed=removed))
-    show([_document(instance) for instance in found], lambda: _table(found))
+        found = [_listed(db, instance) for instance in instances.everything(db, removed=removed)]
+    show([_document(one) for one in found], lambda: _table(found))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What is shown of one instance."""
+
+    instance: Instance
+    users: tuple[str, ...]
+
+
+def _listed(db: Connection, instance: Instance) -> _Listed:
+    return _Listed(instance, instances.users_of(db, instance))
 
 
 def _domain(db: Connection, given: str) -> str:
@@ -153,12 +169,13 @@ def _domain(db: Connection, given: str) -> str:
     return users.require_domain(name) if kind == "domain" else users.by_name(db, given).domain
 
 
-def _document(instance: Instance) -> dict[str, Any]:
+def _document(listed: _Listed) -> dict[str, Any]:
+    instance = listed.instance
     return {
         "id": instance.id,
         "kind": instance.kind,
         "domain": instance.domain,
-        "members": list(instance.members),
+        "members": list(listed.users),
         "added_at": moment(instance.added_at),
         "removed": instance.removed,
         "epochs": [_epoch(epoch) for epoch in instance.epochs],
@@ -195,25 +212,25 @@ def _leakage(epoch: Epoch) -> dict[str, Any] | None:
     }
 
 
-def _show_one(instance: Instance) -> None:
-    show(_document(instance), lambda: _table([instance]))
+def _show_one(listed: _Listed) -> None:
+    show(_document(listed), lambda: _table([listed]))
 
 
-def _table(found: list[Instance]) -> Table | str:
+def _table(found: list[_Listed]) -> Table | str:
     rows = (
         (
-            instance.id,
+            listed.instance.id,
             epoch.number,
             epoch.preset,
-            instance.kind,
-            len(instance.members),
+            listed.instance.kind,
+            len(listed.users),
             f"{epoch.state} {moment(epoch.removed_at)}"
             if epoch.removed_at is not None
             else f"{epoch.state} since {moment(epoch.added_at)}",
             _worst(epoch),
         )
-        for instance in found
-        for epoch in instance.epochs
+        for listed in found
+        for epoch in listed.instance.epochs
     )
     columns = ("instance", "epoch", "preset", "kind", "users", "state", "leaks at most")
     return table(columns, rows, empty="No instances. Add one with `stip-keyservice instances add`.")
