@@ -49,7 +49,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt requirements/vllm.txt
 demo: $(VENV)/.ready ## protect a model, start every part, verify, stream an answer, compare with plain
 	@$(BIN)/stip-stack demo --model '$(MODEL)' --preset '$(PRESET)' $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))')
 
-test: $(VENV)/.ready ## the whole test suite, some twelve minutes on two cores
+test: $(VENV)/.ready ## the whole test suite, some fifteen minutes on two cores
 	-@$(MAKE) --no-print-directory browser
 	-@$(MAKE) --no-print-directory services
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not long' $(PYTEST_ARGS)
@@ -77,7 +77,7 @@ services: ## PostgreSQL and SoftHSM, which tests start themselves (installed by 
 test-vllm: $(VLLM_VENV)/.ready ## the vLLM engine over protected instances, on this machine's CPU
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
-test-long: $(VENV)/.ready ## a seeded soak: hundreds of sessions that join, cancel and leave on every instance
+test-long: $(VENV)/.ready ## what takes long: kills of replicas and of key services, a soak, whole audits, sweeps
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.ready ## every reader of untrusted bytes, coverage-guided, FUZZ_SECONDS (60) each; writes docs/benchmarks/fuzzing.md
