@@ -232,6 +232,7 @@ async def interrupted():
     signal.pthread_kill(threading.get_ident(), signal.SIGINT)
     await asyncio.Event().wait()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 try:
     _LOOP.run(interrupted())
@@ -247,7 +248,8 @@ def test_a_ctrl_c_that_does_not_end_the_wait_is_noticed_all_the_same() -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(path: str, enclave: Any):
     enclave.hold_after = 3
-    code = "from stip.cli import main; main()"
+    # A shell's background job, such as a test run may be, hands on that SIGINT is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from stip.cli import main; main()"
     with subprocess.Popen(
         [sys.executable, "-u", "-c", code, "chat", "--profile", path],
         stdin=subprocess.PIPE,
